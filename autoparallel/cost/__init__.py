@@ -1,0 +1,1 @@
+"""Graph + cost table -> times and bytes. No torch."""

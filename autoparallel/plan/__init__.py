@@ -1,0 +1,1 @@
+"""What a plan is made of: strategy, estimate, candidates; saved as JSON."""

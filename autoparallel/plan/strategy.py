@@ -1,0 +1,91 @@
+"""A strategy is one way to run a training step in parallel; constraints narrow which ones are looked at."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from autoparallel.ir.schema import Schema
+
+Recomputation = Literal["none", "selective", "full"]
+ScheduleName = Literal["gpipe", "1f1b"]
+RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
+
+
+class StagePlan(Schema):
+    """One pipeline stage: the segments `first_segment .. last_segment` of the graph, both included.
+
+    Segment 0 is what comes before the first repeated block (embedding), the last is what comes after the last one (norm, head, loss).
+    """
+
+    first_segment: int = Field(ge=0)
+    last_segment: int = Field(ge=0)
+    recomputation: Recomputation
+
+
+class Strategy(Schema):
+    """One named way to parallelise. `num_stages × tensor_parallel × data_parallel` devices;
+    `data_parallel × batch_per_device × num_micro_batches` rows a step.
+
+    `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too, reduced after
+    every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
+    """
+
+    num_stages: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    data_parallel: int = Field(default=1, ge=1)
+    batch_per_device: int = Field(default=1, ge=1)
+    num_micro_batches: int = Field(default=1, ge=1)
+    recomputation: Recomputation = "none"
+    distribute_param: Literal[0, 1, 2, 3] = 0
+    sequence_parallel: bool = False
+    schedule: ScheduleName = "1f1b"
+    virtual_stages: int = Field(default=1, ge=1)
+    shard_group_size: int | None = None
+    mesh_order: tuple[str, ...] | None = None
+    stages: tuple[StagePlan, ...] | None = None
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_stages * self.tensor_parallel * self.data_parallel
+
+    @property
+    def batch_size(self) -> int:
+        return self.data_parallel * self.batch_per_device * self.num_micro_batches
+
+    def summary(self) -> str:
+        """The one line a run logs."""
+        parts = [f"num_stages : {self.num_stages}"] if self.num_stages > 1 else ["No PP"]
+        parts += [f"num_micro_batches : {self.num_micro_batches}", f"batch_per_device : {self.batch_per_device}"]
+        parts.append(f"data_parallel : {self.data_parallel}")
+        parts.append(f"tensor_parallel : {self.tensor_parallel}" if self.tensor_parallel > 1 else "No TP")
+        parts += [f"recomputation : {self.recomputation}", f"distribute_param : {self.distribute_param}"]
+        if self.num_stages > 1:
+            parts.append(f"schedule : {self.schedule}")
+        return ", ".join(parts)
+
+
+Auto = Literal["auto"]
+
+
+class Constraints(Schema):
+    """What the user fixes; `"auto"` leaves a choice open. A value narrows the search, it never bypasses it.
+
+    `num_stages` is the largest number of stages; `pipeline_parallel=False` allows one. `distribute_parameter` takes True (any level
+    from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (selective or full), False, or a name.
+    `memory_ratio` is the share of each device's memory the plan may use.
+    """
+
+    pipeline_parallel: bool = True
+    num_stages: int | Auto = "auto"
+    num_micro_batches: int | Auto = "auto"
+    batch_per_device: int | Auto = "auto"
+    tensor_parallel: int | Auto = "auto"
+    data_parallel: int | Auto = "auto"
+    sequence_parallel: bool | Auto = "auto"
+    schedule: ScheduleName | Auto = "auto"
+    activation_recomputation: bool | Recomputation | Auto = "auto"
+    distribute_parameter: bool | Literal[0, 1, 2, 3] | Auto = "auto"
+    mixed_precision: bool | Auto = "auto"
+    memory_ratio: float = Field(default=0.8, gt=0.0, le=1.0)

@@ -1,0 +1,1 @@
+"""Actions per rank, and a simulator of their timeline."""

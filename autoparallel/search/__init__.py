@@ -1,0 +1,1 @@
+"""Parallel Graph Compile in worker processes, then SelectBestGraphFromCandidates. No torch."""
