@@ -1,0 +1,1 @@
+"""HF causal LM -> fx program of its training forward -> cost-annotated Graph. Imports torch."""

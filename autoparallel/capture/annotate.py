@@ -1,0 +1,268 @@
+"""fx program -> Graph: symbolic shapes, what autograd saves, parameters, boundaries, and which blocks are equal.
+
+What is saved is observed, not tabulated: the program runs once on fake tensors under autograd with saved-tensor hooks, the attention op
+already in the form it is emitted in, so any operator of any family is right by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+from torch.utils._sympy.printers import PythonPrinter
+
+from autoparallel.capture.export import Exported
+from autoparallel.capture.segments import Segments, assign_segments, module_path
+from autoparallel.ir.dims import Dim
+from autoparallel.ir.graph import Graph, Op, Parameter, SavedTensor, TensorSpec
+
+
+def annotate(exported: Exported) -> Graph:
+    """The cost-annotated DAG of an exported training forward."""
+    return _Annotator(exported).graph()
+
+
+class _Annotator:
+    def __init__(self, exported: Exported) -> None:
+        self.exported = exported
+        self.module = exported.module
+        self.segments, self.num_segments = assign_segments(self.module, exported.twin)
+        self.names = canonical_parameter_names(exported)
+        self.symbols = _symbol_names(self.module)
+        self.observed = _Observer(self).run()
+        self.free_keys: dict[fx.Node, str] = {}
+
+    def graph(self) -> Graph:
+        dag = nx.DiGraph()
+        for node in self.module.graph.nodes:
+            if node.op == "call_function":
+                dag.add_node(node.name, op=self.op(node))
+                for parent in node.all_input_nodes:
+                    if parent.op == "call_function":
+                        dag.add_edge(parent.name, node.name, tensor=parent.name)
+        classes, digest = self.segment_classes()
+        twin = self.exported.twin
+        return Graph(
+            dag=dag,
+            parameters=self.parameters(),
+            segment_classes=classes,
+            boundaries=self.boundaries(),
+            model_name=str(getattr(getattr(twin, "config", None), "_name_or_path", "") or type(twin).__name__),
+            architecture=type(twin).__name__,
+            fingerprint=digest,
+            notes=self.exported.notes,
+        )
+
+    def op(self, node: fx.Node) -> Op:
+        tensors: list[fx.Node] = []  # in argument order, repeated when an op takes one tensor twice
+        fx.node.map_arg((node.args, node.kwargs), lambda n: tensors.append(n) if self.is_tensor(n) else None)
+        value = node.meta.get("val")
+        outputs = [v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, Tensor)]
+        stack = (node.meta.get("stack_trace") or "").strip().splitlines()
+        return Op(
+            name=node.name,
+            target=str(node.target),
+            inputs=tuple(self.spec(n) for n in tensors),
+            outputs=tuple(self.tensor_spec(node.name, v, node) for v in outputs),
+            attributes=self.attributes(node),
+            segment=self.segments.get(node),
+            is_view=node in self.observed.views,
+            saved=tuple(self.observed.saved.get(node, ())),
+            module=module_path(node),
+            source=stack[-2].strip() if len(stack) > 1 else "",
+        )
+
+    def spec(self, node: fx.Node) -> TensorSpec:
+        name = self.names.get(str(node.target), str(node.target)) if node.op == "get_attr" else node.name
+        return self.tensor_spec(name, node.meta["val"], node)
+
+    def tensor_spec(self, name: str, value: Tensor, node: fx.Node) -> TensorSpec:
+        shape = tuple(self.dim(size) for size in value.shape)
+        return TensorSpec(name, shape, dtype_name(value.dtype), node in self.observed.differentiable)
+
+    def dim(self, size: Any) -> Dim:
+        """An int, or the expression of `batch` and `seq` that a symbolic size stands for."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr.xreplace(self.symbols)
+        return int(expression) if expression.is_Integer else str(PythonPrinter().doprint(expression))
+
+    def attributes(self, node: fx.Node) -> tuple[tuple[str, str], ...]:
+        """Non-tensor arguments by schema name; positions for plain functions."""
+        schema = getattr(node.target, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(node.args))]
+        items = [*zip(names, node.args, strict=False), *node.kwargs.items()]
+        return tuple((name, self.text(value)) for name, value in items if not self.is_tensor(value))
+
+    @staticmethod
+    def is_tensor(value: Any) -> bool:
+        return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+    def text(self, value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join("*" if self.is_tensor(v) else self.text(v) for v in value) + "]"
+        if isinstance(value, fx.Node):
+            result = value.meta.get("val")
+            return str(self.dim(result)) if isinstance(result, (int, torch.SymInt)) else "*"
+        return str(value)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        users: dict[str, set[int]] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in self.names:
+                found = {s for user in node.users if (s := self.segments.get(user)) is not None}
+                users.setdefault(self.names[str(node.target)], set()).update(found)
+        return tuple(
+            Parameter(name, tuple(p.shape), dtype_name(p.dtype), p.requires_grad, tuple(sorted(users.get(name, ()))))
+            for name, p in self.exported.twin.named_parameters()
+        )
+
+    def boundaries(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        entering: list[list[TensorSpec]] = [[] for _ in range(self.num_segments)]
+        for node, segment in self.segments.items():
+            if segment is None:
+                continue
+            last_use = max((s for user in node.users if (s := self.segments.get(user)) is not None), default=segment)
+            for later in range(segment + 1, last_use + 1):
+                entering[later].append(self.spec(node))
+        return tuple(tuple(specs) for specs in entering)
+
+    def segment_classes(self) -> tuple[tuple[int, ...], str]:
+        """A class per segment, equal ones sharing it, and the fingerprint of the whole program."""
+        lines: list[list[str]] = [[] for _ in range(self.num_segments)]
+        positions: list[dict[fx.Node, int]] = [{} for _ in range(self.num_segments)]
+        for node in self.module.graph.nodes:
+            segment = self.segments.get(node)
+            if node.op == "call_function" and segment is not None:
+                positions[segment][node] = len(positions[segment])
+                lines[segment].append(self.signature(node, positions[segment]))
+            elif node.op in ("call_function", "placeholder"):
+                line = self.signature(node, {}) if node.op == "call_function" else node.name
+                self.free_keys[node] = hashlib.sha256(line.encode()).hexdigest()[:16]
+        keys = ["\n".join(segment) for segment in lines]
+        # The ends hold embedding and loss: they are classes of their own even if they should look alike.
+        keys[0], keys[-1] = "first\n" + keys[0], "last\n" + keys[-1]
+        order: dict[str, int] = {}
+        classes = tuple(order.setdefault(key, len(order)) for key in keys)
+        parameters = [f"{p.name} {p.shape} {p.dtype} {p.segments}" for p in self.parameters()]
+        text = "\n".join([*order, *map(str, classes), *sorted(set(self.free_keys.values())), *parameters])
+        return classes, hashlib.sha256(text.encode()).hexdigest()
+
+    def signature(self, node: fx.Node, positions: dict[fx.Node, int]) -> str:
+        """A node by what it computes: operator, shapes, scalars, and where its inputs come from; never by its name."""
+        origins = []
+        for parent in node.all_input_nodes:
+            value = parent.meta.get("val")
+            kind = f"op{positions[parent]}" if parent in positions else ("parameter" if parent.op == "get_attr" else "outside")
+            if kind == "outside" and parent in self.free_keys:
+                kind = self.free_keys[parent]
+            shape = [self.dim(s) for s in value.shape] if isinstance(value, Tensor) else self.text(parent)
+            origins.append(f"{kind}:{shape}:{getattr(value, 'dtype', '')}:{parent in self.observed.differentiable}")
+        return f"{node.target}({', '.join(origins)}) {self.attributes(node)}"
+
+
+class _Observer(fx.Interpreter):
+    """Runs the program on fake tensors under autograd and notes views, differentiable values and saved storages."""
+
+    def __init__(self, annotator: _Annotator) -> None:
+        super().__init__(annotator.module, garbage_collect_values=False)
+        self.annotator = annotator
+        self.views: set[fx.Node] = set()
+        self.differentiable: set[fx.Node] = set()
+        self.saved: dict[fx.Node, list[SavedTensor]] = {}
+        self.owner: dict[int, str] = {}
+        self.alive: list[Tensor] = []  # storages are told apart by address, so none may be freed and reused
+        self.current: fx.Node | None = None
+
+    def run(self) -> _Observer:  # type: ignore[override]
+        placeholders = [n.meta["val"] for n in self.module.graph.nodes if n.op == "placeholder"]
+        with placeholders[0].fake_mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t):
+            super().run(*placeholders)
+        return self
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        assert self.current is not None
+        key = tensor.untyped_storage()._cdata
+        self.alive.append(tensor)
+        if key not in self.owner:
+            self.owner[key] = f"{self.current.name}:{len(self.saved.get(self.current, ()))}"
+        size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+        entry = SavedTensor(self.owner[key], self.annotator.dim(size), dtype_name(tensor.dtype))
+        self.saved.setdefault(self.current, []).append(entry)
+        return tensor
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        try:
+            result = super().run_node(n)
+        except Exception:  # a few operators have no fake kernel for symbolic shapes under autograd
+            result = self.assumed_result(n)
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if not isinstance(value, Tensor):
+                continue
+            self.alive.append(value)
+            key = value.untyped_storage()._cdata
+            if key in self.owner and n.op == "call_function":
+                self.views.add(n)
+            name = self.annotator.names.get(str(n.target), str(n.target)) if n.op == "get_attr" else n.name
+            self.owner.setdefault(key, name)
+            if value.requires_grad:
+                self.differentiable.add(n)
+        return result
+
+    def assumed_result(self, node: fx.Node) -> Any:
+        """The recorded shape of a node that will not run, keeping every floating input for backward."""
+        inputs = [self.env[parent] for parent in node.all_input_nodes if isinstance(self.env[parent], Tensor)]
+        differentiable = [t for t in inputs if t.requires_grad]
+        for tensor in inputs if differentiable else []:
+            self.pack(tensor)
+        value = node.meta["val"]
+        assert isinstance(value, Tensor), f"{node.target} returns no single tensor"
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu").requires_grad_(bool(differentiable))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.autoparallel.attention.default:
+            query, key, value, _, scale, _, softcap, dropout = args
+            return lowered_attention(query, key, value, scale=scale, softcap=softcap, dropout=dropout)
+        return super().call_function(target, args, kwargs)
+
+
+def lowered_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float, dropout: float) -> Tensor:
+    """The unpadded, unwindowed case of `emit.attention.Attention`: what autograd keeps of it is what will be kept."""
+    if softcap:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = torch.softmax(scores.masked_fill(future, float("-inf")), -1)
+        return (torch.dropout(weights, dropout, True) @ value).transpose(1, 2).contiguous()
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def canonical_parameter_names(exported: Exported) -> dict[str, str]:
+    """From the program's attribute names to `named_parameters()` of the model, tied ones to their first name."""
+    by_id = {id(p): name for name, p in exported.twin.named_parameters()}
+    attributes = exported.module.named_parameters(remove_duplicate=False)
+    return {name: by_id[id(p)] for name, p in attributes if id(p) in by_id}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _symbol_names(module: fx.GraphModule) -> dict[Any, Any]:
+    """The sympy symbols of the batch and the sequence dim, renamed."""
+    import sympy
+
+    tokens = next(n.meta["val"] for n in module.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
+    renamed = {}
+    for size, name in zip(tokens.shape, ("batch", "seq"), strict=True):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            renamed[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)
+    return renamed

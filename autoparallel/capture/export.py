@@ -1,0 +1,251 @@
+"""HF causal LM -> fx program of its training forward (labels -> loss, logits), symbolic in batch and sequence.
+
+The model is never run and its weights are never touched: torch.export traces a twin whose parameters are fake tensors.
+Inputs of the program: input_ids, attention_mask, labels [batch, seq] and num_items [], the global count of targets by which the
+summed loss is divided, so that the losses of micro-batches and data-parallel ranks add up to the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from autoparallel.capture.attention import ATTENTION_TARGET, NAME, PADDING_TARGET, captured_attention
+from autoparallel.errors import CaptureError, ConfigError
+
+INPUTS = ("input_ids", "attention_mask", "labels", "num_items")
+_ROOT = "model."  # the wrapper's attribute that every captured parameter name begins with
+_DROPPED = {torch.ops.aten._assert_tensor_metadata.default}
+
+
+class _TrainingForward(nn.Module):
+    """The step's forward as a single device runs it, with the divisor of the loss as an input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, num_items_in_batch=num_items
+        )
+        return out.loss, out.logits
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A traced program beside the twin it was traced from."""
+
+    module: fx.GraphModule
+    """Flat ATen graph; parameters and buffers are the twin's, under their original names."""
+    twin: nn.Module
+    notes: tuple[str, ...]
+
+
+def export_training_forward(model: Any, *, dtype: torch.dtype | None = None) -> Exported:
+    """Trace `model` (an HF model, real or on meta, a config, or a path to one).
+
+    `dtype` is the compute dtype; None keeps the model's. Raises `CaptureError` naming the op and the line of the model's code.
+    """
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    twin = fake_twin(model, fake_mode=fake_mode, dtype=dtype)
+    with captured_attention() as recording:
+        try:
+            module = _trace(twin, fake_mode=fake_mode, attention=NAME)
+            reason = recording.unsupported or _misused_mask(module)
+        except CaptureError as error:
+            module, reason = None, error.what
+    if module is None or reason:
+        fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        twin = fake_twin(model, fake_mode=fake_mode, dtype=dtype)
+        module = _trace(twin, fake_mode=fake_mode, attention="eager")
+        return Exported(module, twin, (f"attention is captured as the model's own eager operators: {reason}",))
+    _take_windows_from_masks(module)
+    return Exported(module, twin, ())
+
+
+def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A training-mode copy of `model` without weights: every parameter and buffer is a fake CPU tensor."""
+    if isinstance(model, (str, os.PathLike)):
+        model = _load_config(os.fspath(model))
+    with fake_mode:
+        if isinstance(model, PretrainedConfig):
+            config = copy.deepcopy(model)
+            twin = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        elif isinstance(model, nn.Module):
+            twin = _copy_with_fake_tensors(model, dtype)
+        else:
+            raise ConfigError(
+                f"cannot plan for a {type(model).__name__}",
+                why="a model is an HF causal LM (real or on meta), its config, or the path of either",
+            )
+    return twin.train()
+
+
+def _load_config(path: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no model configuration at '{path}'",
+            why=str(error).splitlines()[0],
+            remedy="give a directory with a config.json, or the config or model object itself",
+        ) from error
+
+
+def _copy_with_fake_tensors(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        floating = tensor.dtype.is_floating_point
+        # Buffers keep their dtype under a compute dtype of our choice, as `from_pretrained(dtype=...)` keeps rotary tables in fp32.
+        wanted = dtype if dtype is not None and floating and isinstance(tensor, nn.Parameter) else tensor.dtype
+        fake = torch.empty(tensor.shape, dtype=wanted, device="cpu")
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(model, memo)
+
+
+def _set_attention(model: nn.Module, implementation: str) -> None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config._attn_implementation = implementation
+
+
+def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.GraphModule:
+    if isinstance(twin, PreTrainedModel):
+        _set_attention(twin, attention)
+    with fake_mode:
+        tokens = {name: torch.zeros(4, 16, dtype=torch.long) for name in INPUTS[:3]}
+        inputs = {**tokens, "num_items": torch.ones((), dtype=torch.long)}
+    # The fallback serves models that slice tables of a fixed length, so there the length is a bound of the program.
+    longest = getattr(getattr(twin, "config", None), "max_position_embeddings", None) if attention == "eager" else None
+    dims = {0: torch.export.Dim("batch", min=1, max=1 << 20), 1: torch.export.Dim("seq", min=2, max=longest or 1 << 24)}
+    shapes = {name: (dims if name != "num_items" else None) for name in INPUTS}
+    try:
+        program = torch.export.export(_TrainingForward(twin), (), inputs, strict=False, dynamic_shapes=shapes)
+    except Exception as error:
+        raise _capture_error(twin, error) from error
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    _clean(module)
+    tokens_value = _placeholder(module, "input_ids").meta["val"]
+    if any(isinstance(size, int) for size in tokens_value.shape):
+        raise CaptureError(
+            f"{type(twin).__name__} cannot be captured for every batch and sequence length",
+            why=f"its forward fixes input_ids to {tuple(tokens_value.shape)}",
+            remedy="keep shapes in the forward symbolic: no int(), len() or comparison that pins a dim",
+        )
+    if not _placeholder(module, "num_items").users:
+        raise CaptureError(
+            f"the loss of {type(twin).__name__} ignores num_items_in_batch",
+            why="it is a mean over one micro-batch, and such means do not add up to the mean of the batch",
+            remedy="use a model whose forward passes **kwargs to its loss_function (all recent transformers models do)",
+        )
+    return module
+
+
+def _placeholder(module: fx.GraphModule, name: str) -> fx.Node:
+    return next(node for node in module.graph.nodes if node.op == "placeholder" and node.target == name)
+
+
+def _clean(module: fx.GraphModule) -> None:
+    """Drop guards and metadata checks, inline no-grad regions, and give parameters their original names."""
+    for node in list(module.graph.nodes):
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _DROPPED:
+            module.graph.erase_node(node)
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
+            _inline_no_grad(module, node)
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _inline_no_grad(module: fx.GraphModule, call: fx.Node) -> None:
+    """Replace a no-grad region by its nodes, each result detached: the same values and the same (absent) gradients."""
+    enabled, body_node, *arguments = call.args
+    assert enabled is False or enabled is True
+    assert isinstance(body_node, fx.Node)
+    body = getattr(module, str(body_node.target))
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    env: dict[fx.Node, Any] = dict(zip(placeholders, arguments, strict=True))
+    with module.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op in ("placeholder", "output") or node.target in _DROPPED:
+                continue
+            env[node] = module.graph.node_copy(node, lambda n: env[n])
+            env[node].meta.setdefault("nn_module_stack", call.meta.get("nn_module_stack"))
+        returned = next(node for node in body.graph.nodes if node.op == "output").args[0]
+        results = fx.node.map_arg(returned, lambda n: env[n])
+        if not enabled:
+            results = [_detach(module, value) for value in results]
+    for user in list(call.users):
+        assert getattr(user.target, "__name__", "") == "getitem"
+        user.replace_all_uses_with(results[user.args[1]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(call)
+
+
+def _detach(module: fx.GraphModule, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return value
+    detached = module.graph.call_function(torch.ops.aten.detach.default, (value,))
+    detached.meta = dict(value.meta)
+    return detached
+
+
+def _misused_mask(module: fx.GraphModule) -> str:
+    """The first use of a captured mask that is not our attention's padding argument, or ""."""
+    for node in module.graph.nodes:
+        if str(node.target) != PADDING_TARGET:
+            continue
+        for user in node.users:
+            if str(user.target) != ATTENTION_TARGET or node in user.args[:3]:
+                return f"{user.target} uses the attention mask itself"
+    return ""
+
+
+def _take_windows_from_masks(module: fx.GraphModule) -> None:
+    """Copy each mask's window onto the attention behind it, then let attention read the padding directly."""
+    for node in list(module.graph.nodes):
+        if str(node.target) == ATTENTION_TARGET and isinstance(node.args[3], fx.Node):
+            mask = node.args[3]
+            node.update_arg(5, mask.args[1])
+            node.update_arg(3, mask.args[0])
+    for node in list(module.graph.nodes):
+        if str(node.target) == PADDING_TARGET:
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    where = _user_line(error)
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured: {lines[0] if lines else type(error).__name__}",
+        why=f"at {where}" if where else type(error).__name__,
+        remedy="keep Python control flow of the forward independent of tensor values, and its operators traceable by torch.export",
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost frame that is model code: not torch, not us."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
+        trace = trace.tb_next
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    models = [frame for frame in frames if not frame.startswith(ours)]
+    return models[-1] if models else ""

@@ -1,0 +1,129 @@
+"""The graph of one training step: a networkx DAG whose nodes are ops with symbolic shapes, grouped into segments.
+
+Segment 0 holds what comes before the first repeated block (embeddings), the last what comes after the last block (norm, head, loss).
+Equal blocks share a class. `free` ops depend on no parameter and draw no random number (masks, positions, rotary tables, sizes): they
+belong to no segment and are computed again wherever they are needed, so that only hidden states cross a stage cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from autoparallel.ir.dims import Dim, Shape, numel
+
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8, "complex128": 16,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that flows along an edge, by the name of the op, input or parameter that makes it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    requires_grad: bool = False
+
+    def numel(self, *, batch: int, seq: int) -> int:
+        return numel(self.shape, batch=batch, seq=seq)
+
+    def size_bytes(self, *, batch: int, seq: int) -> int:
+        return self.numel(batch=batch, seq=seq) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A storage that autograd keeps from forward to backward; tensors that share one are kept once."""
+
+    storage: str
+    """The op, input or parameter whose output owns the storage; `op:k` for the k-th one that only the kernel sees."""
+    numel: Dim
+    dtype: str
+
+    def size_bytes(self, *, batch: int, seq: int) -> int:
+        return numel((self.numel,), batch=batch, seq=seq) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One node: an ATen op or our attention."""
+
+    name: str
+    target: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attributes: tuple[tuple[str, str], ...]
+    """Arguments that are not tensors, by schema name, printed."""
+    segment: int | None
+    """None for free ops."""
+    is_view: bool
+    """The output aliases the first input: no bytes are moved."""
+    saved: tuple[SavedTensor, ...]
+    module: str
+    """The module that ran it, as in `named_modules()`."""
+    source: str
+    """The line of the model's code that called it."""
+
+    def attribute(self, name: str, default: str = "") -> str:
+        return dict(self.attributes).get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter by its canonical name (tied parameters have one)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    segments: tuple[int, ...]
+    """Segments that use it; more than one when tied."""
+
+    @property
+    def numel(self) -> int:
+        return numel(self.shape, batch=1, seq=1)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The cost-annotated DAG."""
+
+    dag: nx.DiGraph
+    """Nodes are op names with attribute `op`; an edge carries the tensor's name as `tensor`."""
+    parameters: tuple[Parameter, ...]
+    segment_classes: tuple[int, ...]
+    boundaries: tuple[tuple[TensorSpec, ...], ...]
+    """For each segment, the tensors that enter it from earlier segments (free ones left out)."""
+    model_name: str
+    architecture: str
+    fingerprint: str
+    """sha256 of the structure: ops, shapes, attributes, parameters."""
+    notes: tuple[str, ...] = field(default=())
+    """What capture had to do differently, for `explain`."""
+
+    def ops(self) -> Iterator[Op]:
+        """In program order."""
+        return (op for _, op in self.dag.nodes(data="op"))
+
+    def segment_ops(self, segment: int) -> list[Op]:
+        return [op for op in self.ops() if op.segment == segment]
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segment_classes)
+
+    def representatives(self) -> dict[int, int]:
+        """The first segment of each class."""
+        first: dict[int, int] = {}
+        for segment, cls in enumerate(self.segment_classes):
+            first.setdefault(cls, segment)
+        return first
