@@ -129,7 +129,7 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
         inputs = {**tokens, "num_items": torch.ones((), dtype=torch.long)}
     # The fallback serves models that slice tables of a fixed length, so there the length is a bound of the program.
     longest = getattr(getattr(twin, "config", None), "max_position_embeddings", None) if attention == "eager" else None
-    dims = {0: torch.export.Dim("batch", min=1, max=1 << 20), 1: torch.export.Dim("seq", min=2, max=longest or 1 << 24)}
+    dims = {0: torch.export.Dim("batch", min=1, max=1 << 20), 1: torch.export.Dim("seq", min=2, max=(longest - 1) if longest else 1 << 24)}
     shapes = {name: (dims if name != "num_items" else None) for name in INPUTS}
     try:
         program = torch.export.export(_TrainingForward(twin), (), inputs, strict=False, dynamic_shapes=shapes)
@@ -138,13 +138,7 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _clean(module)
-    tokens_value = _placeholder(module, "input_ids").meta["val"]
-    if any(isinstance(size, int) for size in tokens_value.shape):
-        raise CaptureError(
-            f"{type(twin).__name__} cannot be captured for every batch and sequence length",
-            why=f"its forward fixes input_ids to {tuple(tokens_value.shape)}",
-            remedy="keep shapes in the forward symbolic: no int(), len() or comparison that pins a dim",
-        )
+    _check_symbolic(module, type(twin).__name__)
     if not _placeholder(module, "num_items").users:
         raise CaptureError(
             f"the loss of {type(twin).__name__} ignores num_items_in_batch",
@@ -152,6 +146,19 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
             remedy="use a model whose forward passes **kwargs to its loss_function (all recent transformers models do)",
         )
     return module
+
+
+def _check_symbolic(module: fx.GraphModule, model_name: str) -> None:
+    """A forward that pins a dim gives a program that is right for the traced size only, without a word from torch.export."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    for node in (_placeholder(module, "input_ids"), output.args[0][1]):  # type: ignore[index]
+        sizes = node.meta["val"].shape[:2]
+        if any(isinstance(size, int) or not size.node.expr.is_Symbol for size in sizes):
+            raise CaptureError(
+                f"{model_name} cannot be captured for every batch and sequence length",
+                why=f"its forward fixes the first dims of {node.name} to {tuple(str(size) for size in sizes)}",
+                remedy="keep shapes in the forward symbolic: no int(), len() or comparison that pins a dim",
+            )
 
 
 def _placeholder(module: fx.GraphModule, name: str) -> fx.Node:

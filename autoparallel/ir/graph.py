@@ -114,6 +114,11 @@ class Graph:
         """In program order."""
         return (op for _, op in self.dag.nodes(data="op"))
 
+    def spec_of(self, name: str) -> TensorSpec:
+        """The (first) output of the op called `name`."""
+        op: Op = self.dag.nodes[name]["op"]
+        return op.outputs[0]
+
     def segment_ops(self, segment: int) -> list[Op]:
         return [op for op in self.ops() if op.segment == segment]
 

@@ -1,0 +1,50 @@
+"""A captured model: the fx program that the emitter cuts, beside the Graph that the planner prices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoparallel.capture.annotate import annotate, canonical_parameter_names
+from autoparallel.capture.export import Exported, export_training_forward
+from autoparallel.capture.segments import Segments, assign_segments
+from autoparallel.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Program:
+    """One training forward, cut nowhere yet."""
+
+    exported: Exported
+
+    @property
+    def module(self) -> fx.GraphModule:
+        return self.exported.module
+
+    @cached_property
+    def graph(self) -> Graph:
+        return annotate(self.exported)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The segment of every node; None for free ones."""
+        return assign_segments(self.module, self.exported.twin)[0]
+
+    @cached_property
+    def parameter_names(self) -> dict[str, str]:
+        """From the program's attribute names to `named_parameters()` of the model; tied parameters share one."""
+        return canonical_parameter_names(self.exported)
+
+    def buffer_name(self, attribute: str) -> str | None:
+        """The name in `named_buffers()` of the model, or None for a constant of the program itself."""
+        name = attribute.removeprefix("model.")
+        return name if name in dict(self.exported.twin.named_buffers(remove_duplicate=False)) else None
+
+
+def capture(model: Any, *, dtype: torch.dtype | None = None) -> Program:
+    """Trace an HF causal LM (object, config or path); `dtype` is the compute dtype, None keeps the model's."""
+    return Program(export_training_forward(model, dtype=dtype))

@@ -1,0 +1,1 @@
+"""Program + plan -> the fx GraphModule of each stage. Imports torch."""

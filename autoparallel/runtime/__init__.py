@@ -1,0 +1,1 @@
+"""The emitted program at work: processes, pipeline, parameters, the single-device contract. Imports torch."""

@@ -1,0 +1,126 @@
+"""torch's own functions that look at all gradients at once, made to see the whole model instead of this rank's piece.
+
+`clip_grad_norm_` would clip by the local norm and `GradScaler` would skip a step on one rank only: wrong numbers, no error. Both are
+mended where they look their helper up at call time, so a function that the user imported early is mended too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autoparallel.errors import ContractError
+from autoparallel.runtime.parameters import Parameters
+
+_live: weakref.WeakSet[_Watch] = weakref.WeakSet()
+
+
+class _Watch:
+    """Parameters whose gradients are spread over ranks."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+
+def watch(parameters: Parameters) -> _Watch:
+    """Mend torch's functions for these parameters, for as long as the returned object lives."""
+    _mend_torch()
+    entry = _Watch(parameters)
+    _live.add(entry)
+    return entry
+
+
+@cache
+def _mend_torch() -> None:
+    clip_grad._get_total_norm = _global_norm(clip_grad._get_total_norm)
+    GradScaler._unscale_grads_ = _agreed_overflow(GradScaler._unscale_grads_)  # type: ignore[method-assign]
+    register_optimizer_step_pre_hook(_check_optimizer)
+
+
+def _weights_of_ours() -> dict[int, bool]:
+    """For every gradient of ours, whether this rank's piece counts."""
+    return {
+        id(p.master.grad): entry.parameters.counts_once(p)
+        for entry in _live
+        for p in entry.parameters.placed
+        if p.master.grad is not None
+    }
+
+
+def _global_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(original)
+    def total_norm(
+        tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        weights = _weights_of_ours()
+        if not any(id(t) in weights for t in tensors):
+            return original(tensors, norm_type, error_if_nonfinite, foreach)
+        # Tensors that are not ours are whole on every rank: rank 0's copy counts.
+        counted = [t for t in tensors if weights.get(id(t), dist.get_rank() == 0) and t.numel() > 0]
+        norm = _reduce_norm(counted, float(norm_type), like=tensors[0])
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite ({norm.item()})")
+        return norm
+
+    return total_norm
+
+
+def _reduce_norm(tensors: list[Tensor], norm_type: float, *, like: Tensor) -> Tensor:
+    """The norm over all ranks of their local tensors' concatenation."""
+    norms = torch._foreach_norm(tensors, norm_type) if tensors else []
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    stacked = torch.stack([n.to(dtype) for n in norms]) if norms else torch.zeros(1, dtype=dtype, device=like.device)
+    if norm_type == float("inf"):
+        total = stacked.max()
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    else:
+        total = (stacked**norm_type).sum()
+        dist.all_reduce(total)
+        total = total ** (1.0 / norm_type)
+    return total.to(like.dtype)
+
+
+def _agreed_overflow(original: Callable[..., dict[torch.device, Tensor]]) -> Callable[..., dict[torch.device, Tensor]]:
+    @wraps(original)
+    def unscale(self: GradScaler, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:
+        found = original(self, *args, **kwargs)
+        if _live:
+            for flag in found.values():
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return found
+
+    return unscale
+
+
+# Steps each element by itself, so that a shard is stepped as it would be inside the whole tensor.
+_ELEMENTWISE = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"}
+# Mixes all parameters of the model in one decision, which no rank can take alone.
+_GLOBAL = {"LBFGS"}
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse an optimizer that would silently compute something else on this rank's piece of the parameters."""
+    ours = {id(p.master): entry.parameters for entry in _live for p in entry.parameters.placed}
+    touched = [ours[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
+    if not touched:
+        return
+    name = type(optimizer).__name__
+    bases = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
+    if _GLOBAL & bases and dist.get_world_size() > 1:
+        raise ContractError(f"{name} needs every gradient in one place", remedy="use a first-order optimizer such as AdamW")
+    if any(parameters.sharded for parameters in touched) and not (_ELEMENTWISE & bases):
+        raise ContractError(
+            f"{name} may look at a whole matrix, but the plan shards parameters",
+            why="its update of a shard would differ from its update of the whole tensor, silently",
+            remedy="add distribute_parameter=False to the constraints, or use one of " + ", ".join(sorted(_ELEMENTWISE)),
+        )

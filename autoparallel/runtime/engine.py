@@ -1,0 +1,148 @@
+"""Program + plan on this rank: placed parameters, the emitted stage, and the two things a loop asks for: a training step, an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+
+from autoparallel.capture.program import Program
+from autoparallel.emit.stage import emit_stage, state_tensors
+from autoparallel.errors import PlanMismatchError
+from autoparallel.ir.graph import TensorSpec
+from autoparallel.plan.plan import Plan
+from autoparallel.runtime.batch import Batch
+from autoparallel.runtime.contract import watch
+from autoparallel.runtime.mesh import Mesh
+from autoparallel.runtime.parameters import make_leaves, place, shard
+from autoparallel.runtime.pipeline import Pipeline
+
+
+class Engine:
+    """The emitted program of one rank."""
+
+    def __init__(self, model: nn.Module, program: Program, plan: Plan, *, device: torch.device) -> None:
+        plan.check_matches(fingerprint=program.graph.fingerprint, num_devices=dist.get_world_size())
+        strategy = plan.strategy
+        assert strategy.stages is not None
+        self.plan, self.strategy, self.device = plan, strategy, device
+        self.mesh = Mesh.create(num_stages=strategy.num_stages, data_parallel=strategy.data_parallel, device_type=device.type)
+        constants = state_tensors(model, program)
+        stage_of_segment = [i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)]
+        sharded = strategy.distribute_param > 0
+        self.parameters = place(model, program.graph.parameters, stage_of_segment, self.mesh, sharded=sharded)
+        leaves = make_leaves(self.parameters)
+        mine = strategy.stages[self.mesh.stage]
+        self.stage: fx.GraphModule = emit_stage(program, mine, lambda name: leaves.get(name, constants[name]))
+        if sharded:
+            shard(self.stage, self.parameters, distribute_param=strategy.distribute_param)
+        self.logits_spec, loss_spec = _output_specs(program)
+        boundaries = program.graph.boundaries
+        leaving = boundaries[mine.last_segment + 1] if self.mesh.stage < self.mesh.num_stages - 1 else (loss_spec,)
+        self.pipeline = Pipeline(
+            self.stage, strategy, self.mesh, entering=boundaries[mine.first_segment], leaving=leaving, device=device
+        )
+        self.loss_dtype = getattr(torch, loss_spec.dtype)
+        self._random_state: dict[str, Tensor] = {}
+        self._random_seed: int | None = None
+        self._watch = watch(self.parameters)
+
+    def train(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's gradient."""
+        batch = batch.filled_to(self._rows_for(batch.rows))
+        for p in self.parameters.placed:
+            if p.leaf is not None:
+                p.leaf.grad = None
+        with torch.enable_grad(), self._own_random_stream(batch.seed):
+            loss = self.pipeline.train(self._micro_batches(batch))
+        with torch.no_grad():
+            self.parameters.reduce_gradients()
+            return self._sum_over_ranks(loss), [p.gradient() for p in self.parameters.trained()]
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss, logits [rows, seq, vocabulary]) of the whole batch on every rank."""
+        rows = batch.rows
+        batch = batch.filled_to(self._rows_for(rows))
+        with self._own_random_stream(batch.seed):
+            results = [self.pipeline.forward(inputs) for inputs in self._micro_batches(batch)]
+        mine = [result for result in results if result is not None]
+        loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
+        return loss, self._gather_logits([r[1] for r in mine], batch)[:rows]
+
+    def _rows_for(self, rows: int) -> int:
+        """The next number of rows that fills whole micro-batches on every data-parallel rank."""
+        unit = self.strategy.data_parallel * self.strategy.batch_per_device
+        return -(-rows // unit) * unit
+
+    def _micro_batches(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """This rank's share of the rows: its data index picks a contiguous part."""
+        size = self.strategy.batch_per_device
+        share = batch.rows // self.strategy.data_parallel
+        start = self.mesh.data_index * share
+        return [batch.micro_batch(start + offset, size) for offset in range(0, share, size)]
+
+    def _sum_over_ranks(self, loss: Tensor | None) -> Tensor:
+        total = torch.zeros((), dtype=self.loss_dtype, device=self.device) if loss is None else loss.to(self.loss_dtype)
+        dist.all_reduce(total)
+        return total
+
+    def _gather_logits(self, mine: list[Tensor], batch: Batch) -> Tensor:
+        last = self.mesh.num_stages - 1
+        share = batch.rows // self.mesh.data_parallel
+        vocabulary = self.logits_spec.shape[-1]
+        assert isinstance(vocabulary, int)
+        parts = []
+        for index in range(self.mesh.data_parallel):
+            owner = self.mesh.rank_of(stage=last, data_index=index)
+            shape = (share, batch.seq_len, vocabulary)
+            part = torch.empty(shape, dtype=getattr(torch, self.logits_spec.dtype), device=self.device)
+            if dist.get_rank() == owner:
+                part = torch.cat(mine).contiguous()
+            dist.broadcast(part, src=owner)
+            parts.append(part)
+        return torch.cat(parts)
+
+    @contextmanager
+    def _own_random_stream(self, seed: int) -> Iterator[None]:
+        """Dropout draws from a stream of this rank (replicas see other rows), derived from the user's seed; the user's own stream,
+        which orders the data, is left where it was."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if self._random_seed != seed:
+                self._random_seed = seed
+                torch.manual_seed((seed + 0x9E3779B9 * (1 + dist.get_rank())) % (1 << 62))
+            else:
+                torch.set_rng_state(self._random_state["cpu"])
+                if devices:
+                    torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
+            yield
+            self._random_state["cpu"] = torch.get_rng_state()
+            if devices:
+                self._random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def train_mode(self, training: bool) -> None:
+        self.stage.train(training)
+
+
+def _output_specs(program: Program) -> tuple[TensorSpec, TensorSpec]:
+    """Of (logits, loss)."""
+    output = next(node for node in program.module.graph.nodes if node.op == "output")
+    loss, logits = (program.graph.spec_of(node.name) for node in output.args[0])
+    return logits, loss
+
+
+def agree_on_program(program: Program) -> None:
+    """Every rank traced the same model, or none goes on."""
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, program.graph.fingerprint)
+    others = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if others:
+        raise PlanMismatchError(
+            f"ranks {others} hold another model than rank 0",
+            why="their captured programs differ in structure, shapes or dtypes",
+            remedy="run the same script with the same configuration and library versions on every host",
+        )

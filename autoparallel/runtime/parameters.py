@@ -1,0 +1,210 @@
+"""Parameters in two roles. *Masters* are the user's own Parameter objects: their identity never changes, so an optimizer made before or
+after the plan steps them; a rank holds only its piece of each (all, a shard, or nothing). *Leaves* are what the stage computes with; they
+share the masters' storage, so an optimizer step needs no copy.
+
+torch's fully_shard makes new parameters, which would leave an early optimizer stepping stale ones; here it may do so with the leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from autoparallel.emit.stage import Recomputed
+from autoparallel.ir.graph import Parameter
+from autoparallel.runtime.mesh import Mesh
+
+
+@dataclass
+class Placed:
+    """One parameter of the model on this rank."""
+
+    name: str
+    master: nn.Parameter
+    shape: torch.Size
+    """Of the whole parameter."""
+    stages: tuple[int, ...]
+    """Stages that use it; empty when the loss does not depend on it."""
+    leaf: nn.Parameter | None = None
+    """What this rank's stage computes with; None where the stage does not use it."""
+
+    def gradient(self) -> Tensor:
+        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is no leaf."""
+        if self.leaf is None:
+            return self.master.new_zeros(self.master.shape)
+        grad, self.leaf.grad = self.leaf.grad, None
+        if grad is None:
+            return torch.zeros_like(self.master)
+        return local(grad)
+
+
+@dataclass
+class Parameters:
+    """All parameters of the model, in its own order."""
+
+    mesh: Mesh
+    sharded: bool
+    placed: list[Placed]
+    tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+    def trained(self) -> Iterator[Placed]:
+        """Those that one device would give a gradient; the same list on every rank."""
+        return (p for p in self.placed if p.master.requires_grad and p.stages)
+
+    def reduce_gradients(self) -> None:
+        """Sum the leaves' gradients over replicas, then over the stages that share a tied parameter."""
+        mine = [p for p in self.trained() if p.leaf is not None]
+        for p in mine:
+            assert p.leaf is not None
+            if p.leaf.grad is None:
+                p.leaf.grad = torch.zeros_like(p.leaf)
+        if not self.sharded and self.mesh.data_parallel > 1:
+            _all_reduce_coalesced([p.leaf.grad for p in mine], self.mesh.data_group)  # type: ignore[union-attr,misc]
+        for stages, group in self.tie_groups.items():
+            tied = [local(p.leaf.grad) for p in mine if p.stages == stages]  # type: ignore[union-attr,arg-type]
+            _all_reduce_coalesced(tied, group)
+
+    def counts_once(self, placed: Placed) -> bool:
+        """Whether this rank's piece adds to global sums: replicas and later copies of tied parameters do not."""
+        first_copy = bool(placed.stages) and self.mesh.stage == placed.stages[0]
+        return first_copy and (self.sharded or self.mesh.data_index == 0)
+
+    def full(self, placed: Placed) -> Tensor:
+        """The whole parameter on every rank (collective)."""
+        return self._gathered(placed, placed.master.detach()) if placed.stages else placed.master.detach()
+
+    def full_gradient(self, placed: Placed) -> Tensor | None:
+        """The whole gradient on every rank (collective); None where one device has none either."""
+        grad = placed.master.grad
+        return None if grad is None else self._gathered(placed, grad)
+
+    def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
+        """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
+        owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0)
+        value = torch.empty(placed.shape, dtype=piece.dtype, device=piece.device)
+        if self.mesh.stage == placed.stages[0]:
+            value = like(piece, placed.leaf).full_tensor() if isinstance(placed.leaf, DTensor) else piece
+        value = value.contiguous()
+        dist.broadcast(value, src=owner)
+        return value
+
+    def load(self, placed: Placed, value: Tensor) -> None:
+        """Copy a whole parameter's value into this rank's piece."""
+        with torch.no_grad():
+            if isinstance(placed.leaf, DTensor):
+                piece = distribute(value.to(placed.leaf.dtype), placed.leaf)
+                placed.master.copy_(piece)
+            elif placed.master.shape == value.shape:
+                placed.master.copy_(value)
+
+
+def distribute(value: Tensor, like: DTensor) -> Tensor:
+    """This rank's piece of `value`, cut as `like` is (fully_shard cuts dim 0 into even chunks, the last ones shorter)."""
+    chunks = value.chunk(like.device_mesh.size(), dim=0)
+    index = like.device_mesh.get_local_rank()
+    return chunks[index] if index < len(chunks) else value[:0]
+
+
+def like(piece: Tensor, template: DTensor) -> DTensor:
+    """`piece` as the local tensor of a DTensor laid out as `template`."""
+    return DTensor.from_local(
+        piece, template.device_mesh, template.placements, run_check=False, shape=template.shape, stride=template.stride()
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place(model: nn.Module, table: tuple[Parameter, ...], stage_of_segment: list[int], mesh: Mesh, *, sharded: bool) -> Parameters:
+    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded init differs."""
+    by_name = {p.name: p for p in table}
+    placed = []
+    for name, master in model.named_parameters():
+        dist.broadcast(master.data, src=0)
+        stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
+        placed.append(Placed(name, master, master.shape, stages))
+    for _, buffer in model.named_buffers():
+        dist.broadcast(buffer, src=0)
+    ties = [p.stages for p in placed if len(p.stages) > 1]
+    return Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
+
+
+def make_leaves(parameters: Parameters) -> dict[str, nn.Parameter]:
+    """Leaves of this rank's stage by name, sharing the masters' storage; the masters of other stages give up theirs."""
+    leaves = {}
+    for p in parameters.placed:
+        if parameters.mesh.stage in p.stages:
+            p.leaf = leaves[p.name] = nn.Parameter(p.master.data, requires_grad=p.master.requires_grad)
+        elif p.stages:
+            p.master.data = torch.empty(0, dtype=p.master.dtype, device=p.master.device)
+            p.master.grad = None
+    return leaves
+
+
+def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
+    """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's shards.
+
+    Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    """
+    mesh = parameters.mesh.device_mesh["dp_shard"]
+    options = {"mesh": mesh, "reshard_after_forward": distribute_param == 3}
+    owners: dict[int, int] = {}
+    children = [child for child in stage.children() if any(True for _ in child.parameters())]
+    for child in children:
+        for leaf in set(child.parameters()):
+            owners[id(leaf)] = owners.get(id(leaf), 0) + 1
+    leaf_names = {id(p.leaf): p for p in parameters.placed if p.leaf is not None}
+    for child in children:
+        if all(owners[id(leaf)] == 1 for leaf in child.parameters()):
+            fully_shard(child, **options)
+    fully_shard(stage, **options)
+    # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at all.
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    _adopt_shards(stage, parameters)
+    assert all(isinstance(p.leaf, DTensor) for p in leaf_names.values())
+
+
+def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
+    by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
+    for p in parameters.placed:
+        if p.leaf is not None:
+            leaf = by_name[p.name]
+            assert isinstance(leaf, DTensor)
+            p.leaf = leaf  # type: ignore[assignment]
+            p.master.data = leaf.to_local().detach()
+            p.master.grad = None
+
+
+def _plain_name(name: str) -> str:
+    """A leaf's name inside the stage without the segment (and its recomputation wrapper) that holds it."""
+    parts = name.split(".")
+    while parts[0].startswith("segment_") or parts[0] == Recomputed.BLOCK:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int = 64 << 20) -> None:
+    """Sum in flat buckets of one dtype: many small reductions cost latency, one huge copy costs memory."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in [*tensors, None]:
+        full = tensor is None or size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0].dtype if bucket else tensor is None
+        if full and bucket:
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat, group=group)
+            for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                target.copy_(summed.view_as(target))
+            bucket, size = [], 0
+        if tensor is not None:
+            bucket.append(tensor)
+            size += tensor.nbytes

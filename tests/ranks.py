@@ -1,0 +1,64 @@
+"""Run a function on n gloo ranks of this machine, with a hard time limit; only processes started here are ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers", "torch.distributed.pipelining", "tests.families"])
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`function(*args)` in `num_ranks` processes with torch.distributed initialised; what each returned, in rank order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [_context.Pipe(duplex=False) for _ in range(num_ranks)]
+    processes = [
+        _context.Process(target=_rank_main, args=(rank, num_ranks, port, pipes[rank][1], function, args)) for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _collect([pipe for pipe, _ in pipes], processes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        for rank, pipe in enumerate(pipes):
+            if rank not in results and pipe.poll(0.02):
+                ok, value = pipe.recv()
+                assert ok, f"rank {rank} failed:\n{value}"
+                results[rank] = value
+            elif rank not in results and not processes[rank].is_alive() and not pipe.poll(0.1):
+                raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}")
+        assert time.monotonic() < deadline, f"ranks {sorted(set(range(len(pipes))) - set(results))} did not finish in time"
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        os._exit(1)
+    dist.barrier()
+    os._exit(0)

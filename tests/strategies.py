@@ -1,0 +1,54 @@
+"""Plans around a given strategy, for tests that run programs rather than choose them."""
+
+from __future__ import annotations
+
+from autoparallel.capture.program import Program
+from autoparallel.ir.flavor import Flavor
+from autoparallel.plan.estimate import Breakdown, Estimate, StageEstimate
+from autoparallel.plan.plan import ModelSummary, Plan
+from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+
+
+def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
+    """The strategy with blocks spread over its stages, uneven where they do not divide, earlier stages getting fewer."""
+    blocks, stages = num_segments - 2, strategy.num_stages
+    starts = [1 + index * blocks // stages for index in range(stages)] + [num_segments]
+    starts[0] = 0
+    cuts = tuple(
+        StagePlan(first_segment=starts[i], last_segment=starts[i + 1] - 1, recomputation=strategy.recomputation) for i in range(stages)
+    )
+    return strategy.model_copy(update={"stages": cuts})
+
+
+def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
+    """A plan with no prices worth reading."""
+    graph = program.graph
+    strategy = strategy if strategy.stages else even_stages(graph.num_segments, strategy)
+    nothing = StageEstimate(forward_s=0.0, backward_s=0.0, parameters=0, peak_memory_bytes=0, memory_parts_bytes={})
+    parts = dict.fromkeys(Breakdown.model_fields, 0.0)
+    estimate = Estimate(
+        step_time_s=0.0, tokens_per_second=0.0, mfu=0.0, breakdown_s=Breakdown(**parts), stages=(nothing,) * strategy.num_stages
+    )
+    devices = strategy.num_devices
+    return Plan(
+        autoparallel_version="0",
+        torch_version="0",
+        model=ModelSummary(
+            name=graph.model_name,
+            architecture=graph.architecture,
+            fingerprint=graph.fingerprint,
+            num_parameters=0,
+            trainable_parameters=0,
+            parameter_bytes=0,
+            num_blocks=graph.num_segments - 2,
+            block_classes=graph.segment_classes[1:-1],
+        ),
+        flavor=Flavor(name=f"cpu:{devices}", device="cpu", num_devices=devices, devices_per_host=devices, memory_bytes=1 << 30, cores_per_host=2),
+        constraints=Constraints(),
+        batch_size=strategy.batch_size,
+        seq_len=seq_len,
+        dtype="float64",
+        strategy=strategy,
+        estimate=estimate,
+        candidates=(),
+    )
