@@ -11,7 +11,7 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.capture.export import Exported
@@ -188,11 +188,22 @@ class _Observer(fx.Interpreter):
         key = tensor.untyped_storage()._cdata
         self.alive.append(tensor)
         if key not in self.owner:
-            self.owner[key] = f"{self.current.name}:{len(self.saved.get(self.current, ()))}"
+            hidden = f"{self.current.name}:{len(self.saved.get(self.current, ()))}"
+            self.owner[key] = self.transposed_parameter(tensor) or hidden
         size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
         entry = SavedTensor(self.owner[key], self.annotator.dim(size), dtype_name(tensor.dtype))
         self.saved.setdefault(self.current, []).append(entry)
         return tensor
+
+    def transposed_parameter(self, tensor: Tensor) -> str | None:
+        """A linear's saved weight: its fake transpose does not share the weight's storage, as the real one does."""
+        assert self.current is not None
+        for parent in self.current.all_input_nodes:
+            value = self.env.get(parent)
+            same = isinstance(value, nn.Parameter) and tuple(tensor.shape) == tuple(reversed(value.shape))
+            if parent.op == "get_attr" and same:
+                return self.annotator.names.get(str(parent.target), str(parent.target))
+        return None
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n

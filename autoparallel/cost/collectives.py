@@ -1,0 +1,111 @@
+"""Time of a collective among the ranks `r, r + stride, ...` of a cluster: ring algorithms with a latency per step.
+
+Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005); bus bandwidth as in
+the performance notes of NVIDIA nccl-tests. For `n` ranks of which `k` share a host, over `h` hosts, and `S` bytes:
+
+    lap     = (n - 1)/n × S / bandwidth + (k - 1) × latency inside a host + (h - 1) × latency between hosts
+    lap     is all_gather or reduce_scatter; all_reduce is both, two laps
+    bandwidth, one host    = efficiency × min(device's links, pairwise link × (n - 1))        where the fabric is a mesh
+    bandwidth, many hosts  = min(that of the k ranks inside, network efficiency × k × device's share of the network)
+
+A ring enters and leaves a host through the ports of its `k` ranks; the groups beside it use the ports of theirs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autoparallel.cost.tables import CostTable
+from autoparallel.ir.flavor import Flavor
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the ranks of a group lie over hosts, for the worst placed group."""
+
+    num_hosts: int
+    ranks_per_host: int
+    """In the host that holds the fewest of them: its ports are the bottleneck."""
+
+
+@lru_cache(maxsize=4096)
+def worst_spread(num_devices: int, devices_per_host: int, group_size: int, stride: int) -> Spread:
+    """The spread of the group that crosses most hosts: all groups of one stride run together, and the last one counts.
+
+    Groups tile the cluster: blocks of `group_size × stride` consecutive ranks, with `stride` groups in each.
+    """
+    span = group_size * stride
+    assert span <= num_devices, f"a group of {group_size} with stride {stride} needs more than {num_devices} devices"
+    worst = Spread(num_hosts=1, ranks_per_host=group_size)
+    for block in range(0, num_devices - span + 1, span):
+        for first in range(block, block + stride):
+            hosts = Counter(rank // devices_per_host for rank in range(first, first + span, stride))
+            spread = Spread(num_hosts=len(hosts), ranks_per_host=min(hosts.values()))
+            if (spread.num_hosts, -spread.ranks_per_host) > (worst.num_hosts, -worst.ranks_per_host):
+                worst = spread
+    return worst
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The links of a cluster; device `i` sits in host `i // devices_per_host`."""
+
+    flavor: Flavor
+    table: CostTable
+
+    def all_gather_s(self, size_bytes: float, *, group_size: int, stride: int = 1) -> float:
+        """One lap; `size_bytes` is the gathered tensor."""
+        return self._lap_s(size_bytes, group_size, stride)
+
+    def reduce_scatter_s(self, size_bytes: float, *, group_size: int, stride: int = 1) -> float:
+        """One lap; `size_bytes` is the tensor before it is scattered."""
+        return self._lap_s(size_bytes, group_size, stride)
+
+    def all_reduce_s(self, size_bytes: float, *, group_size: int, stride: int = 1) -> float:
+        """Two laps: reduce_scatter, then all_gather."""
+        return 2 * self._lap_s(size_bytes, group_size, stride)
+
+    def send_recv_s(self, size_bytes: float, *, distance: int) -> float:
+        """latency + size / link bandwidth, for the slowest of the pairs `r, r + distance` that run together.
+
+        A single transfer is one copy and reaches the link's bandwidth; efficiencies are those of collectives.
+        """
+        if distance == 0:
+            return 0.0
+        # Some pair of every distance has a host boundary between its two ranks: host 0's last rank, or one before it.
+        if self.flavor.num_hosts > 1:
+            network = self.table.network
+            return network.latency_s.value + size_bytes / network.bandwidth_bytes_per_s.value
+        links = self.table.intra_host
+        bandwidth = (links.pairwise_bandwidth_bytes_per_s or links.bandwidth_bytes_per_s).value
+        return links.latency_s.value + size_bytes / bandwidth
+
+    def _lap_s(self, size_bytes: float, group_size: int, stride: int) -> float:
+        """One lap of the ring, as the module's formula."""
+        if group_size == 1:
+            return 0.0
+        assert size_bytes >= 0, size_bytes
+        spread = worst_spread(self.flavor.num_devices, self.flavor.devices_per_host, group_size, stride)
+        latency_s = (spread.ranks_per_host - 1) * self.table.intra_host.latency_s.value
+        latency_s += (spread.num_hosts - 1) * self.table.network.latency_s.value
+        share = (group_size - 1) / group_size
+        return share * size_bytes / self._ring_bandwidth_bytes_per_s(spread) + latency_s
+
+    def _ring_bandwidth_bytes_per_s(self, spread: Spread) -> float:
+        """What one rank of the ring sends per second: the slower of the links inside the hosts and between them."""
+        inside = self._host_bandwidth_bytes_per_s(spread.ranks_per_host)
+        if spread.num_hosts == 1:
+            return inside
+        network = self.table.network
+        between = network.efficiency.value * spread.ranks_per_host * network.bandwidth_bytes_per_s.value
+        return between if spread.ranks_per_host == 1 else min(inside, between)
+
+    def _host_bandwidth_bytes_per_s(self, num_ranks: int) -> float:
+        """Among `num_ranks` devices of one host. In a mesh each uses its links to the others in the group, no more."""
+        links = self.table.intra_host
+        bandwidth = links.bandwidth_bytes_per_s.value
+        if links.pairwise_bandwidth_bytes_per_s is not None:
+            bandwidth = min(bandwidth, links.pairwise_bandwidth_bytes_per_s.value * max(num_ranks - 1, 1))
+        return links.efficiency.value * bandwidth

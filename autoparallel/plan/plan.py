@@ -1,0 +1,199 @@
+"""A plan is the compiled artefact: the question, the chosen strategy with its price, and every other candidate.
+
+Saved as JSON. Same question, same bytes: it holds no time, no host and no path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from autoparallel.errors import PlanFormatError, PlanMismatchError
+from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.schema import Schema
+from autoparallel.plan import files
+from autoparallel.plan.candidate import Candidate
+from autoparallel.plan.estimate import Estimate
+from autoparallel.plan.strategy import Constraints, Strategy
+
+SCHEMA_VERSION = "1.0"
+WRONG_PLAN = "make the plan again with `autoparallel plan`"
+
+
+class ModelSummary(Schema):
+    """What a plan remembers of its model."""
+
+    name: str
+    architecture: str
+    fingerprint: str = Field(min_length=1)
+    """sha256 of the captured graph's structure."""
+    num_parameters: int = Field(ge=0)
+    trainable_parameters: int = Field(ge=0)
+    parameter_bytes: int = Field(ge=0)
+    num_blocks: int = Field(ge=0)
+    block_classes: tuple[int, ...]
+    """Class of each block in order; equal blocks share a class."""
+
+
+class Plan(Schema):
+    """How one model trains on one flavor, and why so."""
+
+    schema_version: str = SCHEMA_VERSION
+    autoparallel_version: str
+    torch_version: str
+    model: ModelSummary
+    flavor: Flavor
+    constraints: Constraints
+    batch_size: int = Field(ge=1)
+    seq_len: int = Field(ge=1)
+    dtype: str
+    """Compute dtype."""
+    strategy: Strategy
+    """The chosen one, its stages filled in."""
+    estimate: Estimate
+    candidates: tuple[Candidate, ...]
+    """All of them, in enumeration order."""
+    assumptions: tuple[str, ...] = ()
+    """Figures of kind "assumed" in the cost table that the prices rest on."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Plan:
+        _check_arithmetic(self)
+        _check_stages(self)
+        _check_amounts(self)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as canonical JSON; an existing file is replaced at once or not at all."""
+        files.write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. A broken file is a PlanFormatError, stages that do not add up are a PlanMismatchError."""
+        file = Path(path)
+        text = files.read_text(file)
+        newer = _newer_minor(files.parse_object(text, path=file).get("schema_version", SCHEMA_VERSION), path=file)
+        return files.validate(cls, text, path=file, newer=newer)
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal plans give equal bytes."""
+        return files.canonical_json(self)
+
+    def hash(self) -> str:
+        """sha256 of the canonical JSON; ranks compare it before they run."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def explain(self) -> str:
+        """The plan in words and tables: what was chosen, what it costs, and why not the others."""
+        from autoparallel.report.explain import explain
+
+        return explain(self)
+
+    def check_matches(self, *, fingerprint: str | None = None, num_devices: int | None = None) -> None:
+        """Raise PlanMismatchError unless the plan is for this model and this number of devices."""
+        if fingerprint is not None and fingerprint != self.model.fingerprint:
+            raise PlanMismatchError(
+                f"The plan is for another model than this one (planned: {self.model.name}).",
+                why=f"this graph's fingerprint is {fingerprint[:12]}, the plan's is {self.model.fingerprint[:12]}",
+                remedy=WRONG_PLAN,
+            )
+        if num_devices is not None and num_devices != self.flavor.num_devices:
+            raise PlanMismatchError(
+                f"The plan is for {self.flavor.num_devices} devices ({self.flavor.name}), and here are {num_devices}.",
+                why=f"{_degrees(self.strategy)} = {self.strategy.num_devices} devices",
+                remedy=f"run on {self.flavor.num_devices} devices, or {WRONG_PLAN} for {num_devices}",
+            )
+
+
+def _newer_minor(version: Any, *, path: Path) -> str:
+    """`version` if a newer minor schema wrote the file, which may still be readable; other majors are refused."""
+    parts = version.split(".") if isinstance(version, str) else []
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        files.refuse(path, f"schema_version: expected a version such as {SCHEMA_VERSION!r}")
+    major, minor = (int(part) for part in parts)
+    our_major, our_minor = (int(part) for part in SCHEMA_VERSION.split("."))
+    if major > our_major:
+        newer = f"written by a newer autoparallel (schema {version}, this one reads {our_major}.x)"
+        files.refuse(path, f"schema_version: {newer}; upgrade it")
+    if major < our_major:
+        files.refuse(path, f"schema_version: {version} is older than any released schema ({SCHEMA_VERSION})")
+    return str(version) if minor > our_minor else ""
+
+
+def _degrees(strategy: Strategy) -> str:
+    parallel = f"{strategy.tensor_parallel} tensor parallel x {strategy.data_parallel} data parallel"
+    return f"{strategy.num_stages} stages x {parallel}"
+
+
+def _check_arithmetic(plan: Plan) -> None:
+    """Degrees multiply to the flavor's devices, and rows to the batch."""
+    strategy, flavor = plan.strategy, plan.flavor
+    if strategy.num_devices != flavor.num_devices:
+        raise PlanFormatError(
+            f"strategy: its degrees do not use the {flavor.num_devices} devices of {flavor.name}.",
+            why=f"{_degrees(strategy)} = {strategy.num_devices}, not {flavor.num_devices}",
+            remedy=WRONG_PLAN,
+        )
+    if strategy.batch_size != plan.batch_size:
+        rows = f"{strategy.data_parallel} data parallel x {strategy.batch_per_device} per device"
+        raise PlanFormatError(
+            f"strategy: its rows do not add up to batch_size {plan.batch_size}.",
+            why=f"{rows} x {strategy.num_micro_batches} micro-batches = {strategy.batch_size}, not {plan.batch_size}",
+            remedy=WRONG_PLAN,
+        )
+
+
+def _check_stages(plan: Plan) -> None:
+    """Every segment, first to last, belongs to exactly one stage, in order."""
+    stages, num_stages = plan.strategy.stages, plan.strategy.num_stages
+    if stages is None or len(stages) != num_stages or len(plan.estimate.stages) != num_stages:
+        found = f"strategy.stages has {len(stages or ())} entries, estimate.stages {len(plan.estimate.stages)}"
+        raise PlanMismatchError(f"strategy.stages: {num_stages} stages are announced.", why=found, remedy=WRONG_PLAN)
+    expected = 0
+    for index, stage in enumerate(stages):
+        first, last = stage.first_segment, stage.last_segment
+        if first != expected or last < first:
+            kind = "gap" if first > expected else "overlap" if first < expected else "empty stage"
+            raise PlanMismatchError(
+                f"strategy.stages[{index}]: {kind} in the stage ranges.",
+                why=f"it holds segments {first} to {last}, and the next segment to place is {expected}",
+                remedy=WRONG_PLAN,
+            )
+        expected = last + 1
+    num_segments = plan.model.num_blocks + 2
+    if expected != num_segments:
+        raise PlanMismatchError(
+            f"strategy.stages: they end at segment {expected - 1}, and the model's last segment is {num_segments - 1}.",
+            why=f"{plan.model.num_blocks} blocks, what comes before and what comes after are {num_segments} segments",
+            remedy=WRONG_PLAN,
+        )
+
+
+def _check_amounts(plan: Plan) -> None:
+    """No negative times or bytes, and every candidate is either priced or rejected."""
+    _check_estimate(plan.estimate, "estimate")
+    for index, candidate in enumerate(plan.candidates):
+        if (candidate.estimate is None) == (candidate.rejection is None):
+            raise PlanFormatError(
+                f"candidates[{index}]: it must have either an estimate or a rejection.",
+                why="it has both or neither",
+                remedy=WRONG_PLAN,
+            )
+        if candidate.estimate is not None:
+            _check_estimate(candidate.estimate, f"candidates[{index}].estimate")
+
+
+def _check_estimate(estimate: Estimate, path: str) -> None:
+    amounts: list[tuple[str, float]] = [(f"{path}.step_time_s", estimate.step_time_s), (f"{path}.mfu", estimate.mfu)]
+    amounts.append((f"{path}.tokens_per_second", estimate.tokens_per_second))
+    for index, stage in enumerate(estimate.stages):
+        where = f"{path}.stages[{index}]"
+        amounts += [(f"{where}.forward_s", stage.forward_s), (f"{where}.backward_s", stage.backward_s)]
+        amounts += [(f"{where}.parameters", stage.parameters), (f"{where}.peak_memory_bytes", stage.peak_memory_bytes)]
+        amounts += [(f"{where}.memory_parts_bytes.{name}", size) for name, size in stage.memory_parts_bytes.items()]
+    for where, amount in amounts:
+        if amount < 0:
+            raise PlanFormatError(f"{where}: negative.", why=f"it is {amount}", remedy=WRONG_PLAN)

@@ -1,0 +1,252 @@
+"""A plan in, plain ASCII text out: what was chosen, what it is predicted to cost, and why not each of the others.
+
+Every time and every byte is predicted by the cost model. Names from files lose their control characters first, so that
+no plan can steer a terminal.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from autoparallel.plan.estimate import Breakdown, Estimate, Rejection
+from autoparallel.plan.plan import Plan
+from autoparallel.plan.strategy import StagePlan, Strategy
+
+WIDTH = 110
+NUM_RUNNERS_UP = 5
+MAX_NAME = 60
+GIB = 2**30
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "reserve")
+CHOICES: dict[str, Callable[[Strategy], str]] = {
+    "stages": lambda s: str(s.num_stages),
+    "tensor parallel": lambda s: str(s.tensor_parallel),
+    "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
+    "recomputation": lambda s: s.recomputation,
+    "sharding": lambda s: f"distribute_param {s.distribute_param}",
+    "schedule": lambda s: s.schedule,
+}
+
+Priced = tuple[Strategy, Estimate]
+
+
+def explain(plan: Plan) -> str:
+    """The report; ends with a newline, no line is wider than `WIDTH`."""
+    possible = _possible(plan)
+    sections = [
+        _question(plan),
+        _choice(plan),
+        _stages(plan),
+        _memory(plan),
+        _breakdown(plan.estimate),
+        _runners_up(plan, possible),
+        _alternatives(plan, possible),
+        _impossible(plan),
+        _assumptions(plan),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def clean(text: str) -> str:
+    """`text` in one line without control, formatting or bidirectional characters, cut to a table's width."""
+    kept = "".join(c for c in text if unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp"))
+    return kept if len(kept) <= MAX_NAME else kept[: MAX_NAME - 3] + "..."
+
+
+def _question(plan: Plan) -> str:
+    model, flavor = plan.model, plan.flavor
+    hosts = f"{flavor.num_hosts} host{'s' if flavor.num_hosts > 1 else ''}"
+    capacity = f"{flavor.memory_bytes / GIB:.1f} GiB each, of which {_usable(plan) / GIB:.1f} may be used"
+    parameters = f"{_count(model.num_parameters)} parameters ({_count(model.trainable_parameters)} trainable)"
+    lines = [
+        f"model   {clean(model.architecture)}, {parameters}, {model.num_blocks} blocks",
+        f"flavor  {clean(flavor.name)}: {flavor.num_devices} x {clean(flavor.device)} in {hosts}, {capacity}",
+        f"batch   {plan.batch_size} rows of {plan.seq_len} tokens a step, compute in {clean(plan.dtype)}",
+    ]
+    return "\n".join([f"Plan for {clean(model.name)}", *(row for line in lines for row in _wrapped(line, indent="  "))])
+
+
+def _choice(plan: Plan) -> str:
+    estimate, count = plan.estimate, len(plan.candidates)
+    num_possible = sum(candidate.estimate is not None for candidate in plan.candidates)
+    speed = f"{estimate.tokens_per_second:,.0f} tokens/s, MFU {100 * estimate.mfu:.1f} %"
+    lines = [
+        f"Chosen, of {count} candidates ({num_possible} possible)",
+        *_wrapped(plan.strategy.summary(), indent="  "),
+    ]
+    lines.append(f"  predicted: {_duration(estimate.step_time_s)} a step, {speed}")
+    return "\n".join(lines)
+
+
+def _stages(plan: Plan) -> str:
+    rows = [["stage", "holds", "parameters", "forward", "backward", "recomputation"]]
+    for index, (stage, cost) in enumerate(zip(plan.strategy.stages or (), plan.estimate.stages, strict=True)):
+        times = [_duration(cost.forward_s), _duration(cost.backward_s)]
+        holds = _holds(stage, num_blocks=plan.model.num_blocks)
+        rows.append([str(index), holds, _count(cost.parameters), *times, stage.recomputation])
+    return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
+
+
+def _memory(plan: Plan) -> str:
+    """Peak memory by part."""
+    named = {name for stage in plan.estimate.stages for name in stage.memory_parts_bytes}
+    parts = [name for name in MEMORY_PARTS if name in named] + sorted(named.difference(MEMORY_PARTS))
+    usable = _usable(plan)
+    rows = [["stage", "peak", "of usable", *(clean(name)[:12] for name in parts)]]
+    for index, stage in enumerate(plan.estimate.stages):
+        sizes = [f"{stage.memory_parts_bytes.get(name, 0) / GIB:.2f}" for name in parts]
+        peak = stage.peak_memory_bytes
+        rows.append([str(index), f"{peak / GIB:.2f}", f"{100 * peak / usable:.0f} %", *sizes])
+    return f"Predicted peak memory per device, GiB; usable: {usable / GIB:.2f}\n" + _table(rows)
+
+
+def _breakdown(estimate: Estimate) -> str:
+    rows = [["term", "predicted", "share"]]
+    step_time_s = estimate.step_time_s or 1.0
+    for name, time_s in _terms(estimate.breakdown_s).items():
+        if time_s:
+            rows.append([name, _duration(time_s), f"{100 * time_s / step_time_s:.1f} %"])
+    rows.append(["step", _duration(estimate.step_time_s), "100.0 %"])
+    return "Predicted step time\n" + _table(rows, left=(0,))
+
+
+def _runners_up(plan: Plan, possible: list[Priced]) -> str:
+    """The next cheapest, and the term of the breakdown in which each loses most."""
+    others = [(s, e) for s, e in possible if not _same(s, plan.strategy)][:NUM_RUNNERS_UP]
+    if not others:
+        return "Why this one\n  No other candidate is possible."
+    rows = [["candidate", "predicted", "ratio", "loses most in"]]
+    for strategy, estimate in others:
+        ratio = estimate.step_time_s / (plan.estimate.step_time_s or 1.0)
+        rows.append([_label(strategy), _duration(estimate.step_time_s), f"{ratio:.3f}", _loss(plan.estimate, estimate)])
+    return "Why this one: the runners-up\n" + _table(rows, left=(0, 3))
+
+
+def _alternatives(plan: Plan, possible: list[Priced]) -> str:
+    """For each choice: the cheapest possible candidate that takes another value there."""
+    rows = [["choice", "chosen", "best other", "predicted", "change", "loses most in"]]
+    for name, value in CHOICES.items():
+        chosen = value(plan.strategy)
+        best = next(((s, e) for s, e in possible if value(s) != chosen), None)
+        if best is not None:
+            strategy, estimate = best
+            change = 100 * (estimate.step_time_s / (plan.estimate.step_time_s or 1.0) - 1)
+            costs = [_duration(estimate.step_time_s), f"{change:+.1f} %", _loss(plan.estimate, estimate)]
+            rows.append([name, chosen, value(strategy), *costs])
+        else:
+            tried = sum(value(candidate.strategy) != chosen for candidate in plan.candidates)
+            rows.append([name, chosen, f"none possible of {tried}" if tried else "none tried", "-", "-", "-"])
+    return "Each choice: the best candidate that differs in it, other choices free\n" + _table(rows, left=(0, 1, 2, 5))
+
+
+def _impossible(plan: Plan) -> str:
+    """Rejections by kind, each with its number, its range of shortfall and its nearest miss."""
+    groups: dict[str, list[Rejection]] = {}
+    for candidate in plan.candidates:
+        if candidate.rejection is not None:
+            groups.setdefault(candidate.rejection.kind, []).append(candidate.rejection)
+    lines = []
+    for kind, rejections in groups.items():
+        nearest = min(rejections, key=lambda rejection: rejection.shortfall_bytes)
+        sizes = sorted(r.shortfall_bytes for r in rejections if r.shortfall_bytes)
+        span = " to ".join(dict.fromkeys(f"{size / GIB:.2f}" for size in (sizes[:1] + sizes[-1:])))
+        amount = f", {span} GiB short on a device" if sizes else ""
+        lines += _wrapped(f"{len(rejections)} by {clean(kind)}{amount}; nearest: {_safe(nearest.reason)}", indent="  ")
+    return "\n".join(["Impossible candidates (predicted)", *lines]) if lines else ""
+
+
+def _assumptions(plan: Plan) -> str:
+    lines = [line for assumption in plan.assumptions for line in _wrapped(_safe(assumption), indent="  - ")]
+    return "\n".join(["Assumed figures that these predictions rest on", *lines]) if lines else ""
+
+
+def _possible(plan: Plan) -> list[Priced]:
+    """Possible candidates, cheapest first, each strategy once; ties keep the order of enumeration."""
+    unique: dict[str, Priced] = {}
+    for candidate in plan.candidates:
+        if candidate.estimate is not None:
+            unique.setdefault(_identity(candidate.strategy), (candidate.strategy, candidate.estimate))
+    return sorted(unique.values(), key=lambda pair: pair[1].step_time_s)
+
+
+def _identity(strategy: Strategy) -> str:
+    """Candidates may or may not have their stages filled in."""
+    return strategy.model_copy(update={"stages": None}).model_dump_json()
+
+
+def _same(one: Strategy, other: Strategy) -> bool:
+    return _identity(one) == _identity(other)
+
+
+def _label(strategy: Strategy) -> str:
+    parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
+    parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
+    parts += [strategy.recomputation, f"shard {strategy.distribute_param}", strategy.schedule]
+    return ", ".join(parts)
+
+
+def _loss(chosen: Estimate, other: Estimate) -> str:
+    """The term where `other` is dearest against `chosen`."""
+    if other.step_time_s == chosen.step_time_s:
+        return "nothing: a tie"
+    terms = _terms(chosen.breakdown_s)
+    losses = {name: time_s - terms[name] for name, time_s in _terms(other.breakdown_s).items()}
+    worst = max(losses, key=lambda name: losses[name])
+    return f"{worst} +{_duration(losses[worst])}" if losses[worst] > 1e-9 else "nothing"
+
+
+def _terms(breakdown: Breakdown) -> dict[str, float]:
+    return breakdown.model_dump()
+
+
+def _holds(stage: StagePlan, *, num_blocks: int) -> str:
+    first, last = max(stage.first_segment, 1), min(stage.last_segment, num_blocks)
+    parts = ["embedding"] if stage.first_segment == 0 else []
+    if first <= last:
+        parts.append(f"block {first}" if first == last else f"blocks {first}-{last}")
+    if stage.last_segment > num_blocks:
+        parts.append("head and loss")
+    return ", ".join(parts)
+
+
+def _usable(plan: Plan) -> float:
+    return plan.flavor.memory_bytes * plan.constraints.memory_ratio
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return str(number)
+
+
+def _duration(time_s: float) -> str:
+    return (
+        f"{time_s:,.2f} s"
+        if time_s >= 10
+        else f"{time_s * 1e3:,.1f} ms"
+        if time_s >= 1e-3
+        else f"{time_s * 1e6:.1f} us"
+    )
+
+
+def _safe(text: str) -> str:
+    """A whole sentence: cleaned word by word."""
+    return " ".join(clean(word) for word in text.split())
+
+
+def _wrapped(text: str, *, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)) or [indent.rstrip()]
+
+
+def _table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; `left` names the columns that are words."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells))[:WIDTH].rstrip())
+    return "\n".join(lines)

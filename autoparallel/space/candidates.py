@@ -1,0 +1,214 @@
+"""Devices, batch, blocks and constraints in, every strategy that the search looks at out, in a fixed order (ties go to
+the earlier one).
+
+num_stages × data_parallel = devices and data_parallel × batch_per_device × num_micro_batches = batch: every divisor is
+tried, not powers of two only. Two names of one program are listed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from autoparallel.errors import ConfigError
+from autoparallel.plan.strategy import Constraints, Recomputation, ScheduleName, Strategy
+
+Level = Literal[0, 1, 2, 3]
+UNSHARDED: tuple[Level, ...] = (0,)
+MAX_ODD_BATCH_PER_DEVICE = 64
+"""Larger micro-batches are tried in powers of two, and as the whole share of a replica, only."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What the emitter can run; nothing else is enumerated."""
+
+    recomputations: tuple[Recomputation, ...] = ("none", "full")
+    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+
+
+EMITTED = Emitted()
+
+
+def enumerate_strategies(
+    *, num_devices: int, batch_size: int, num_blocks: int, constraints: Constraints
+) -> list[Strategy]:
+    """All strategies within the constraints.
+
+    A number of stages beyond `num_blocks` is listed once, so that the search can say why it is impossible.
+    Raises ConfigError for constraints that leave nothing.
+    """
+    _check_emitted(constraints)
+    counts = _stage_counts(num_devices, constraints)
+    usable = [stages for stages in counts if stages <= max(1, num_blocks)]
+    strategies = [
+        s for stages in usable for s in _of_stage_count(stages, num_devices // stages, batch_size, constraints)
+    ]
+    if not strategies:
+        raise _no_layout(num_devices, batch_size, num_blocks, usable, constraints)
+    too_many = [stages for stages in counts if stages not in usable]
+    return strategies + [
+        s for stages in too_many for s in _of_stage_count(stages, num_devices // stages, batch_size, constraints)[:1]
+    ]
+
+
+def _of_stage_count(num_stages: int, data_parallel: int, batch_size: int, constraints: Constraints) -> list[Strategy]:
+    """Each distinct program once, under its first name."""
+    programs: dict[tuple[object, ...], Strategy] = {}
+    for batch_per_device, num_micro_batches in _micro_batches(batch_size, data_parallel, constraints):
+        for recomputation, level, schedule in product(
+            _recomputations(constraints),
+            _levels(constraints) if data_parallel > 1 else UNSHARDED,
+            _schedules(num_stages, num_micro_batches, constraints),
+        ):
+            # A single micro-batch reduces its gradients once, at level 1 as at level 2.
+            program_level = 1 if level == 2 and num_micro_batches == 1 else level
+            strategy = Strategy(
+                num_stages=num_stages,
+                data_parallel=data_parallel,
+                batch_per_device=batch_per_device,
+                num_micro_batches=num_micro_batches,
+                recomputation=recomputation,
+                distribute_param=level,
+                schedule=schedule,
+            )
+            programs.setdefault((batch_per_device, recomputation, program_level, schedule), strategy)
+    return list(programs.values())
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, rising."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _stage_counts(num_devices: int, constraints: Constraints) -> list[int]:
+    """Numbers of stages within the constraints, whatever the model."""
+    most = 1 if not constraints.pipeline_parallel else num_devices
+    if constraints.num_stages != "auto":
+        most = min(most, constraints.num_stages)
+    counts = [stages for stages in divisors(num_devices) if stages <= most]
+    if constraints.data_parallel == "auto":
+        return counts
+    replicas = constraints.data_parallel
+    if replicas < 1 or num_devices % replicas:
+        raise ConfigError(
+            f"data_parallel={replicas} is not possible on {num_devices} devices",
+            why=f"{num_devices} devices do not divide into {replicas} equal pipelines",
+            remedy=f"choose data_parallel among {_listed(divisors(num_devices))}",
+        )
+    if num_devices // replicas not in counts:
+        raise ConfigError(
+            f"data_parallel={replicas} is not possible with at most {most} pipeline stages",
+            why=f"{num_devices} devices / {replicas} = {num_devices // replicas} stages",
+            remedy="raise num_stages and leave pipeline_parallel on, or choose another data_parallel",
+        )
+    return [num_devices // replicas]
+
+
+def _micro_batches(batch_size: int, data_parallel: int, constraints: Constraints) -> Iterator[tuple[int, int]]:
+    """(batch_per_device, num_micro_batches), small micro-batches first."""
+    share, rest = divmod(batch_size, data_parallel)
+    if rest:
+        return
+    for size in divisors(share):
+        if _is_tried(size, share, constraints) and constraints.num_micro_batches in ("auto", share // size):
+            yield size, share // size
+
+
+def _is_tried(batch_per_device: int, share: int, constraints: Constraints) -> bool:
+    if constraints.batch_per_device != "auto":
+        return batch_per_device == constraints.batch_per_device
+    if constraints.num_micro_batches != "auto" or batch_per_device <= MAX_ODD_BATCH_PER_DEVICE:
+        return True
+    return batch_per_device == share or batch_per_device & (batch_per_device - 1) == 0
+
+
+def _recomputations(constraints: Constraints) -> list[Recomputation]:
+    wanted = constraints.activation_recomputation
+    if isinstance(wanted, bool):
+        return [name for name in EMITTED.recomputations if (name != "none") is wanted]
+    return [name for name in EMITTED.recomputations if wanted in ("auto", name)]
+
+
+def _levels(constraints: Constraints) -> tuple[Level, ...]:
+    """Levels of distribute_param with more than one replica; with one, all are the same program."""
+    wanted = constraints.distribute_parameter
+    if wanted == "auto":
+        return (0, 1, 2, 3)
+    if isinstance(wanted, bool):  # before int: True is not level 1
+        return (1, 2, 3) if wanted else UNSHARDED
+    return (wanted,)
+
+
+def _schedules(num_stages: int, num_micro_batches: int, constraints: Constraints) -> list[ScheduleName]:
+    """With one stage or one micro-batch all schedules are one program, which goes by the name of 1f1b.
+
+    1F1B needs a micro-batch for every stage; with fewer the runtime falls back on GPipe, so that is what is listed.
+    """
+    if num_stages == 1 or num_micro_batches == 1:
+        return ["1f1b"]
+    able = [name for name in EMITTED.schedules if name == "gpipe" or num_micro_batches >= num_stages]
+    return [name for name in able if constraints.schedule in ("auto", name)]
+
+
+def _check_emitted(constraints: Constraints) -> None:
+    if constraints.tensor_parallel not in ("auto", 1):
+        raise ConfigError(
+            f"tensor_parallel={constraints.tensor_parallel} is not emitted yet",
+            why="stages run on whole tensors",
+            remedy='leave tensor_parallel at "auto" or 1; pipeline stages and distribute_parameter also split a model',
+        )
+    if constraints.sequence_parallel is True:
+        raise ConfigError(
+            "sequence_parallel=True is not emitted yet",
+            why="it splits activations over tensor parallel ranks, and there are none",
+            remedy='leave sequence_parallel at "auto"; activation_recomputation also saves activation memory',
+        )
+    if not _recomputations(constraints):
+        raise ConfigError(
+            f"activation_recomputation={constraints.activation_recomputation!r} is not emitted yet",
+            why=f"blocks are recomputed as a whole or not at all: {_listed(EMITTED.recomputations)}",
+            remedy='choose "full", "none" or "auto"',
+        )
+
+
+def _no_layout(
+    num_devices: int, batch_size: int, num_blocks: int, stage_counts: list[int], constraints: Constraints
+) -> ConfigError:
+    """The arithmetic that left nothing, and the nearest batch sizes that work."""
+    units = {num_devices // stages * _fixed_factor(constraints) for stages in stage_counts}
+    exact = constraints.batch_per_device != "auto" and constraints.num_micro_batches != "auto"
+    fitting = [unit for unit in units if batch_size == unit or (batch_size % unit == 0 and not exact)]
+    if not stage_counts or fitting:
+        return ConfigError(
+            f"the constraints leave no way to train a batch of {batch_size} on {num_devices} devices",
+            why=f"{num_blocks} blocks allow at most {num_blocks} stages, and 1f1b needs a micro-batch for every stage",
+            remedy='leave num_stages, data_parallel, num_micro_batches or schedule at "auto"',
+        )
+    near = (
+        sorted(units) if exact else sorted({m for u in units for m in (batch_size // u * u, (batch_size // u + 1) * u)})
+    )
+    below = [size for size in near if 0 < size < batch_size][-1:]
+    above = [size for size in near if size > batch_size][:1]
+    fixed = {name: getattr(constraints, name) for name in ("batch_per_device", "num_micro_batches")}
+    given = "".join(f" × {name} {value}" for name, value in fixed.items() if value != "auto")
+    replicas = _listed(sorted(num_devices // stages for stages in stage_counts))
+    return ConfigError(
+        f"a batch of {batch_size} cannot be divided over {num_devices} devices",
+        why=f"it must {'equal' if exact else 'be a multiple of'} data_parallel{given}; data_parallel may be {replicas}",
+        remedy=f"the nearest batch sizes that work: {_listed(below + above)}",
+    )
+
+
+def _fixed_factor(constraints: Constraints) -> int:
+    factor = 1
+    for value in (constraints.batch_per_device, constraints.num_micro_batches):
+        factor *= 1 if value == "auto" else max(1, value)
+    return factor
+
+
+def _listed(values: list[int] | tuple[str, ...]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,131 @@
+"""The enumerator: complete, without doubles, narrowed by constraints, and clear about what is left out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoparallel.errors import ConfigError
+from autoparallel.plan.strategy import Constraints, Strategy
+from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
+
+
+def strategies(devices: int = 4, batch: int = 8, blocks: int = 6, **constraints: Any) -> list[Strategy]:
+    return enumerate_strategies(
+        num_devices=devices, batch_size=batch, num_blocks=blocks, constraints=Constraints(**constraints)
+    )
+
+
+@given(devices=st.integers(1, 24), batch=st.integers(1, 96), blocks=st.integers(1, 24))
+@settings(max_examples=60, deadline=None)
+def test_all_layouts_once(devices: int, batch: int, blocks: int) -> None:
+    layouts = {
+        (p, devices // p, b, batch // (devices // p) // b)
+        for p in divisors(devices)
+        if p <= blocks and batch % (devices // p) == 0
+        for b in divisors(batch // (devices // p))
+        if b <= 64 or b & (b - 1) == 0 or b == batch // (devices // p)
+    }
+    if not layouts:
+        with pytest.raises(ConfigError):
+            strategies(devices, batch, blocks)
+        return
+    found = strategies(devices, batch, blocks)
+    assert len(set(found)) == len(found)
+    assert all(s.num_devices == devices and s.batch_size == batch for s in found)
+    fitting = [s for s in found if s.num_stages <= blocks]
+    assert {(s.num_stages, s.data_parallel, s.batch_per_device, s.num_micro_batches) for s in fitting} == layouts
+    beyond = [s.num_stages for s in found if s.num_stages > blocks]
+    assert beyond == [p for p in divisors(devices) if p > blocks and batch % (devices // p) == 0]
+
+
+def test_every_stage_count_not_powers_of_two_only() -> None:
+    assert {s.num_stages for s in strategies(devices=12, batch=12, blocks=12)} == {1, 2, 3, 4, 6, 12}
+
+
+def test_two_names_of_one_program_are_listed_once() -> None:
+    for s in strategies(devices=4, batch=8, blocks=6):
+        if s.data_parallel == 1:
+            assert s.distribute_param == 0
+        if s.num_micro_batches == 1:
+            assert s.distribute_param != 2
+            assert s.schedule == "1f1b"
+        if s.num_stages == 1:
+            assert s.schedule == "1f1b"
+        if 1 < s.num_micro_batches < s.num_stages:
+            assert s.schedule == "gpipe"
+        assert s.recomputation in EMITTED.recomputations
+        assert s.schedule in EMITTED.schedules
+
+
+def test_order_is_canonical() -> None:
+    found = strategies()
+    key = [(s.num_stages, s.batch_per_device, s.recomputation == "full", s.distribute_param) for s in found]
+    assert key == sorted(key)
+    assert found[0] == Strategy(data_parallel=4, batch_per_device=1, num_micro_batches=2)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "allowed"),
+    [
+        ({"pipeline_parallel": False}, lambda s: s.num_stages == 1),
+        ({"num_stages": 3}, lambda s: s.num_stages <= 3),
+        ({"data_parallel": 2}, lambda s: s.data_parallel == 2),
+        ({"batch_per_device": 2}, lambda s: s.batch_per_device == 2),
+        ({"num_micro_batches": 4}, lambda s: s.num_micro_batches == 4),
+        ({"schedule": "gpipe"}, lambda s: s.schedule == "gpipe" or s.num_stages == 1 or s.num_micro_batches == 1),
+        ({"schedule": "1f1b"}, lambda s: s.schedule == "1f1b"),
+        ({"activation_recomputation": True}, lambda s: s.recomputation == "full"),
+        ({"activation_recomputation": False}, lambda s: s.recomputation == "none"),
+        ({"activation_recomputation": "full"}, lambda s: s.recomputation == "full"),
+        ({"distribute_parameter": True}, lambda s: s.distribute_param > 0 or s.data_parallel == 1),
+        ({"distribute_parameter": False}, lambda s: s.distribute_param == 0),
+        ({"distribute_parameter": 3}, lambda s: s.distribute_param == 3 or s.data_parallel == 1),
+    ],
+)
+def test_a_constraint_narrows_and_never_adds(constraint: dict[str, Any], allowed: Any) -> None:
+    everything, narrowed = strategies(), strategies(**constraint)
+    assert narrowed == [s for s in everything if allowed(s)]
+
+
+def test_level_2_stays_available_with_one_micro_batch_when_it_is_the_only_one() -> None:
+    found = strategies(num_micro_batches=1, distribute_parameter=2, num_stages=1)
+    assert {s.distribute_param for s in found} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"devices": 4, "batch": 6, "num_stages": 1}, ["6", "multiple of", "4, 8"]),
+        ({"devices": 4, "batch": 6, "num_stages": 1, "batch_per_device": 3}, ["batch_per_device 3", "12"]),
+        ({"devices": 2, "batch": 9, "batch_per_device": 2, "num_micro_batches": 2}, ["must equal", "work: 8"]),
+        ({"devices": 8, "data_parallel": 3}, ["8 devices do not divide", "1, 2, 4, 8"]),
+        ({"devices": 8, "data_parallel": 2, "num_stages": 2}, ["8 devices / 2 = 4 stages"]),
+        ({"devices": 8, "data_parallel": 1, "blocks": 6}, ["6 blocks"]),
+        ({"tensor_parallel": 2}, ["not emitted yet"]),
+        ({"sequence_parallel": True}, ["not emitted yet"]),
+        ({"activation_recomputation": "selective"}, ["not emitted yet", "none, full"]),
+    ],
+)
+def test_what_cannot_be_is_said_with_the_arithmetic(arguments: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        strategies(**arguments)
+    for word in words:
+        assert re.search(word, str(raised.value)), str(raised.value)
+    assert raised.value.why
+    assert raised.value.remedy
+
+
+@given(devices=st.integers(2, 12), batch=st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_the_remedy_works(devices: int, batch: int) -> None:
+    try:
+        strategies(devices, batch, blocks=1)
+    except ConfigError as error:
+        sizes = [int(size) for size in error.remedy.split(": ")[1].split(", ")]
+        assert sizes
+        assert all(strategies(devices, size, blocks=1) for size in sizes)

@@ -1,0 +1,138 @@
+"""Cost tables load, are plausible and sourced; kernels priced with them follow the roofline."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoparallel.cost.compute import kernel_s, optimizer_s, peak_flops_per_s
+from autoparallel.cost.tables import EfficiencyCurve, available_devices, load_table, parse_table
+from autoparallel.errors import ConfigError, CostTableError
+
+REQUIRED = {
+    "V100-SXM2-32GB", "A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIe-80GB", "A6000", "L4", "L40S", "RTX4090",
+    "H100-SXM5-80GB", "H100-PCIe", "H200", "B200", "GB200", "MI210", "MI250", "MI250X", "MI300X", "MI325X", "cpu",
+}  # fmt: skip
+
+
+def _raw(device: str) -> dict[str, Any]:
+    return json.loads((resources.files("autoparallel.cost_models") / f"{device}.json").read_text())
+
+
+def test_every_required_device_has_a_table() -> None:
+    assert set(available_devices()) >= REQUIRED
+
+
+@pytest.mark.parametrize("device", available_devices())
+def test_table_is_ordered_as_physics_demands(device: str) -> None:
+    table = load_table(device)
+    peaks = {dtype: figure.value for dtype, figure in table.peak_flops_per_s.items()}
+    assert peaks.get("float64", 0) <= peaks["float32"]
+    assert peaks["float32"] <= peaks.get("bfloat16", peaks["float32"]) <= peaks.get("float8", 1e18)
+    assert table.intra_host.bandwidth_bytes_per_s.value < table.memory_bandwidth_bytes_per_s.value
+    pairwise = table.intra_host.pairwise_bandwidth_bytes_per_s
+    assert pairwise is None or pairwise.value <= table.intra_host.bandwidth_bytes_per_s.value
+    assert table.reserve_bytes.value < table.memory_bytes.value / 4
+
+
+@pytest.mark.parametrize("device", available_devices())
+def test_recalled_figures_are_tagged_assumed(device: str) -> None:
+    text = json.dumps(_raw(device))
+    assumed = load_table(device).assumed()
+    assert text.count('"recalled from') == sum(figure.source.startswith("recalled from") for _, figure in assumed)
+    assert len({path for path, _ in assumed}) == len(assumed)
+
+
+def test_facts() -> None:
+    assert load_table("MI250").memory_bytes.value == 65_520 * 2**20
+    assert load_table("H100-SXM5-80GB").peak_flops_per_s["bfloat16"].value == 989e12
+    assert dict(load_table("A100-SXM4-80GB").assumed())["launch_overhead_s"].unit == "s"
+
+
+def test_unknown_device_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="H100-SXM5-80GB"):
+        load_table("H100-SXM-80GB")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("memory_bytes", "value"), "80", "memory_bytes.value"),
+        (("memory_bytes", "unit"), "GB", "memory_bytes"),
+        (("memory_bytes", "value"), 80, "not plausible"),
+        (("memory_efficiency", "value"), 85, "not plausible"),
+        (("launch_overhead_s", "value"), 1e9, "launch_overhead_s"),
+        (("network", "latency_s", "source"), "", "network.latency_s.source"),
+        (("network", "latency_s", "kind"), "guessed", "network.latency_s.kind"),
+        (("memory_bandwith",), 1, "memory_bandwith"),
+        (("name",), "H100", "name"),
+        (("peak_flops_per_s",), {}, "float32"),
+        (("matmul_efficiency", "default", "points"), [[1e9, 0.6], [1e8, 0.7]], "points must rise"),
+        (("matmul_efficiency", "default", "points"), [[1e9, 0.1], [2e9, 0.9]], "less time"),
+    ],
+)
+def test_mistake_names_file_and_field(path: tuple[str, ...], value: object, message: str) -> None:
+    raw = _raw("A100-SXM4-80GB")
+    target = raw
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(CostTableError, match=r"A100-SXM4-80GB\.json") as caught:
+        parse_table(json.dumps(raw), file_name="A100-SXM4-80GB.json")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "NaN", '{"name": NaN}', "[" * 5000, "\ufeff{}"])
+def test_broken_file_is_a_cost_table_error(text: str) -> None:
+    with pytest.raises(CostTableError, match=r"X\.json"):
+        parse_table(text, file_name="X.json")
+
+
+def test_curve_meets_its_points_and_is_geometric_between() -> None:
+    curve = EfficiencyCurve(points=((1e6, 0.1), (1e8, 0.4)), kind="assumed", source="test")
+    assert [curve.at(flops) for flops in (1.0, 1e6, 1e8, 1e12)] == pytest.approx([0.1, 0.1, 0.4, 0.4])
+    assert curve.at(1e7) == pytest.approx(0.2)
+
+
+def test_kernel_time_by_hand() -> None:
+    table = load_table("A100-SXM4-80GB")
+    compute_bound = kernel_s(table, kind="matmul", flops=1e12, moved_bytes=1e6, dtype="bfloat16")
+    assert compute_bound == pytest.approx(1e12 / (312e12 * 0.869) + 3e-6)
+    memory_bound = kernel_s(table, kind="memory", flops=1e6, moved_bytes=1e9, dtype="float32")
+    assert memory_bound == pytest.approx(1e9 / (2.039e12 * 0.85) + 3e-6)
+    assert optimizer_s(table, parameters=10**9, bytes_per_parameter=28) == pytest.approx(
+        28e9 / (2.039e12 * 0.85) + 3e-6
+    )
+    assert optimizer_s(table, parameters=0, bytes_per_parameter=28) == 0
+
+
+def test_dtype_fallbacks() -> None:
+    v100, l4 = load_table("V100-SXM2-32GB"), load_table("L4")
+    assert peak_flops_per_s(v100, "bfloat16") == peak_flops_per_s(v100, "float32")
+    assert peak_flops_per_s(v100, "float8_e4m3fn") == peak_flops_per_s(v100, "float16")
+    assert peak_flops_per_s(l4, "float64") == peak_flops_per_s(l4, "float32") / 2
+    assert peak_flops_per_s(l4, "int64") == peak_flops_per_s(l4, "float32")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    device=st.sampled_from(available_devices()),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16", "float8"]),
+    kind=st.sampled_from(["matmul", "attention", "memory"]),
+    flops=st.floats(0, 1e16),
+    moved_bytes=st.floats(0, 1e12),
+    factor=st.floats(1, 10),
+)
+def test_more_work_never_takes_less_time(
+    device: str, dtype: str, kind: Any, flops: float, moved_bytes: float, factor: float
+) -> None:
+    table = load_table(device)
+    base = kernel_s(table, kind=kind, flops=flops, moved_bytes=moved_bytes, dtype=dtype)
+    more_flops = kernel_s(table, kind=kind, flops=flops * factor, moved_bytes=moved_bytes, dtype=dtype)
+    more_bytes = kernel_s(table, kind=kind, flops=flops, moved_bytes=moved_bytes * factor, dtype=dtype)
+    assert min(more_flops, more_bytes) >= base * (1 - 1e-9) > 0

@@ -1,0 +1,135 @@
+"""The cost-annotated DAG against torch's own counts: FLOPs, parameter bytes, what autograd keeps, and equal blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoparallel.capture.program import Program, capture
+from autoparallel.cost.segments import _saved_bytes
+from autoparallel.emit.stage import emit_stage, state_tensors
+from autoparallel.ir.dims import evaluate
+from autoparallel.ir.ops import flops
+from autoparallel.plan.strategy import StagePlan
+from tests.families import FAMILIES, UNSEEN, make_batch, make_model
+
+ROWS, SEQ = 3, 24
+ALL = {**FAMILIES, **UNSEEN}
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Program]:
+    return {}
+
+
+def program_of(family: str, programs: dict[str, Program]) -> Program:
+    if family not in programs:
+        programs[family] = capture(make_model(family, dtype=torch.float32))
+    return programs[family]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_flops_equal_torchs_counter(family: str, programs: dict[str, Program]) -> None:
+    graph = program_of(family, programs).graph
+    counted = [flops(op, batch=ROWS, seq=SEQ) for op in graph.ops()]
+    config = ALL[family]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    batch = {name: value.to("meta") for name, value in make_batch(ROWS, SEQ).items()}
+    with FlopCounterMode(display=False) as forward:
+        loss = model(**batch, use_cache=False).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert sum(f.forward for f in counted) == pytest.approx(forward.get_total_flops(), rel=1e-3)
+    assert sum(f.backward for f in counted) == pytest.approx(backward.get_total_flops(), rel=1e-3)
+    assert sum(f.executed_forward for f in counted) < sum(f.forward for f in counted)
+
+
+def test_window_limits_executed_flops(programs: dict[str, Program]) -> None:
+    windowed, full = (program_of(name, programs).graph for name in ("mistral", "llama"))
+    executed = [sum(flops(op, batch=1, seq=48).executed_forward for op in graph.ops()) for graph in (windowed, full)]
+    counted = [sum(flops(op, batch=1, seq=48).forward for op in graph.ops()) for graph in (windowed, full)]
+    assert counted[0] == counted[1]
+    assert executed[0] < executed[1] < counted[1]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_parameter_bytes_equal_the_models(family: str, programs: dict[str, Program]) -> None:
+    model = make_model(family, dtype=torch.float32)
+    graph = program_of(family, programs).graph
+    assert sum(p.size_bytes for p in graph.parameters) == sum(p.nbytes for p in model.parameters())
+    assert {p.name for p in graph.parameters} == {name for name, _ in model.named_parameters()}
+
+
+def kept_by_autograd(function: Any, inputs: list[Any], held: set[int]) -> int:
+    """Bytes of the distinct storages that autograd saves while `function` runs, beyond those in `held`."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function(*inputs)
+    assert result is not None  # alive, so that no storage was reused
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_saved_bytes_equal_what_autograd_keeps(family: str, programs: dict[str, Program]) -> None:
+    model = make_model(family, dtype=torch.float32)
+    program = capture(model)
+    graph, tensors = program.graph, state_tensors(model, program)
+    whole = StagePlan(first_segment=0, last_segment=graph.num_segments - 1, recomputation="none")
+    stage = emit_stage(program, whole, lambda name: tensors[name])
+    block, captured = stage.get_submodule("segment_2"), []
+    handle = block.register_forward_pre_hook(lambda module, args: captured.append(args))
+    batch = make_batch(ROWS, SEQ, padded=False)
+    stage(**batch, num_items=torch.tensor(ROWS * SEQ))
+    handle.remove()
+    held = {t.untyped_storage().data_ptr() for t in [*captured[0], *model.parameters(), *model.buffers()] if isinstance(t, torch.Tensor)}
+    measured = kept_by_autograd(block, list(captured[0]), held)
+    entering = {spec.name for spec in graph.boundaries[2]}
+    predicted = _saved_bytes(graph.segment_ops(2), entering, batch=ROWS, seq=SEQ)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(("family", "classes"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("phi3", 1)])
+def test_equal_blocks_share_a_class(family: str, classes: int, programs: dict[str, Program]) -> None:
+    blocks = program_of(family, programs).graph.segment_classes[1:-1]
+    assert len(blocks) == 4
+    assert len(set(blocks)) == classes
+
+
+def test_blocks_that_differ_by_a_scalar_are_not_equal() -> None:
+    graph = capture(make_model("gpt2", scale_attn_by_inverse_layer_idx=True)).graph
+    assert len(set(graph.segment_classes[1:-1])) == 4
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_no_tensor_has_two_sequence_dims(family: str, programs: dict[str, Program]) -> None:
+    for op in program_of(family, programs).graph.ops():
+        for tensor in op.outputs:
+            assert sum("seq" in str(dim) for dim in tensor.shape) < 2, f"{op.name}: {tensor.shape}"
+
+
+def test_the_dag_is_a_dag_with_shapes_as_functions(programs: dict[str, Program]) -> None:
+    graph = program_of("llama", programs).graph
+    assert nx.is_directed_acyclic_graph(graph.dag)
+    hidden = graph.boundaries[1][0]
+    assert [evaluate(dim, batch=5, seq=7) for dim in hidden.shape] == [5, 7, 32]
+    assert all(op.source for op in graph.segment_ops(1))
+
+
+def test_the_fingerprint_is_of_the_structure() -> None:
+    same = capture(make_model("llama", seed=1)).graph.fingerprint
+    assert capture(make_model("llama", seed=2)).graph.fingerprint == same
+    assert capture(make_model("llama", rms_norm_eps=1e-3)).graph.fingerprint != same
+    assert capture(make_model("llama", num_hidden_layers=3)).graph.fingerprint != same

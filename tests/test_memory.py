@@ -1,0 +1,192 @@
+"""Memory of a stage: hand-computed small numbers, and orders that hold for every strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoparallel.cost.flavors import resolve_flavor
+from autoparallel.cost.memory import capacity_bytes, num_in_flight, stage_memory
+from autoparallel.cost.tables import load_table
+from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
+from autoparallel.plan.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
+
+NUM_BLOCKS = 4
+LAST = NUM_BLOCKS + 1
+MIXED = Precision(
+    compute_dtype="bfloat16",
+    compute_bytes=2,
+    master_bytes=4,
+    separate_compute_copy=True,
+    gradient_bytes=4,
+    optimizer_state_bytes=8,
+)
+
+
+def _cost(saved: int, selective: int, entering: int, workspace: int) -> SegmentCost:
+    return SegmentCost(
+        forward_s=1.0,
+        backward_s=2.0,
+        recompute_selective_s=0.5,
+        saved_bytes=saved,
+        saved_selective_bytes=selective,
+        input_bytes=entering,
+        workspace_bytes=workspace,
+        forward_flops=1,
+        backward_flops=2,
+    )
+
+
+def _workload(*, tied: int = 0, frozen: int = 0, precision: Precision = MIXED) -> Workload:
+    """Embedding (1,000 parameters), four blocks (100 each), head (2,000)."""
+    flavor = resolve_flavor("8xA100-SXM4-80GB")
+    counts = [1000, *[100] * NUM_BLOCKS, 2000]
+    shared = (SharedParameters(segments=(0, LAST), count=ParameterCount(trainable=tied)),) if tied else ()
+    return Workload(
+        model_name="toy",
+        fingerprint="0",
+        flavor=flavor,
+        table=load_table(flavor.device),
+        batch_size=8,
+        seq_len=16,
+        memory_ratio=0.8,
+        precision=precision,
+        segment_classes=(0, *[1] * NUM_BLOCKS, 2),
+        costs={1: (_cost(5, 5, 3, 11), _cost(70, 40, 10, 20), _cost(30, 30, 10, 60))},
+        parameters=tuple(ParameterCount(trainable=count, frozen=frozen) for count in counts),
+        shared=shared,
+    )
+
+
+def _one_stage(**fields: Any) -> Strategy:
+    recomputation = fields.setdefault("recomputation", "none")
+    plan = StagePlan(first_segment=0, last_segment=LAST, recomputation=recomputation)
+    return Strategy(stages=(plan,), **fields)
+
+
+def _two_stages(**fields: Any) -> Strategy:
+    recomputation = fields.setdefault("recomputation", "none")
+    cuts = ((0, 2), (3, LAST))
+    plans = tuple(StagePlan(first_segment=a, last_segment=b, recomputation=recomputation) for a, b in cuts)
+    return Strategy(num_stages=2, stages=plans, **fields)
+
+
+def test_capacity() -> None:
+    assert capacity_bytes(_workload()) == int(80 * 2**30 * 0.8)
+
+
+def test_one_device_by_hand() -> None:
+    assert stage_memory(_workload(), _one_stage(num_micro_batches=8), stage=0) == {
+        "parameters": 3400 * (4 + 2),
+        "gradients": 3400 * 4,
+        "optimizer": 3400 * 8,
+        "activations": (5 + 3) + 4 * (70 + 10) + (30 + 10),
+        "workspace": 60,
+        "reserve": 2**30,
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "parameters", "gradients", "optimizer"),
+    [
+        (0, 3400 * 6, 3400 * 4, 3400 * 8),
+        (1, 850 * 4 + 3400 * 2, (3400 + 850) * 4, 850 * 8),
+        (2, 850 * 4 + 3400 * 2, (2000 + 850) * 4, 850 * 8),
+        (3, 850 * 4 + (2000 + 1000) * 2, (2000 + 850) * 4, 850 * 8),
+    ],
+)
+def test_sharding_levels_by_hand(level: int, parameters: int, gradients: int, optimizer: int) -> None:
+    memory = stage_memory(_workload(), _one_stage(data_parallel=4, distribute_param=level), stage=0)
+    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (parameters, gradients, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("recomputation", "activations", "workspace"),
+    [
+        ("none", 4 * 70, 60),
+        ("selective", 4 * 40, 60),  # the head's 60 exceeds a block's 20 + (70 - 40) rebuilt
+        ("full", 0, 20 + 70),
+    ],
+)
+def test_recomputation_by_hand(recomputation: str, activations: int, workspace: int) -> None:
+    memory = stage_memory(_workload(), _one_stage(recomputation=recomputation), stage=0)
+    kept_by_all = (5 + 3) + 4 * 10 + (30 + 10)
+    assert memory["activations"] == kept_by_all + activations
+    assert memory["workspace"] == workspace
+
+
+def test_pipeline_by_hand() -> None:
+    strategy = _two_stages(num_micro_batches=8)
+    first, last = (stage_memory(_workload(), strategy, stage=stage) for stage in (0, 1))
+    # two micro-batches in flight, each with the output it sent, and one gradient coming back
+    assert first["activations"] == 2 * ((5 + 3) + 2 * (70 + 10)) + (2 + 1) * 10
+    # one in flight, and the next input received ahead
+    assert last["activations"] == 2 * (70 + 10) + (30 + 10) + 10
+    assert first["parameters"] == (1000 + 200) * 6
+
+
+def test_tied_parameters_are_held_by_both_stages_and_once_by_one() -> None:
+    workload, two, one = _workload(tied=500), _two_stages(), _one_stage()
+    assert stage_memory(workload, two, stage=0)["gradients"] == (1000 + 200 + 500) * 4
+    assert stage_memory(workload, two, stage=1)["gradients"] == (2000 + 200 + 500) * 4
+    assert stage_memory(workload, one, stage=0)["gradients"] == (3400 + 500) * 4
+    sharded = stage_memory(workload, _one_stage(data_parallel=2, distribute_param=3), stage=0)
+    assert sharded["parameters"] == 1950 * 4 + (2000 + 1500) * 2
+
+
+def test_frozen_parameters_have_no_gradients_or_states() -> None:
+    memory = stage_memory(_workload(frozen=7), _one_stage(), stage=0)
+    assert memory["parameters"] == (3400 + 6 * 7) * 6
+    assert (memory["gradients"], memory["optimizer"]) == (3400 * 4, 3400 * 8)
+
+
+def test_one_copy_where_compute_and_master_dtypes_agree() -> None:
+    precision = MIXED.model_copy(
+        update={"compute_dtype": "float32", "compute_bytes": 4, "separate_compute_copy": False}
+    )
+    memory = stage_memory(_workload(precision=precision), _one_stage(), stage=0)
+    assert memory["parameters"] == 3400 * 4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "in_flight"),
+    [("1f1b", 8, (4, 3, 2, 1)), ("1f1b", 2, (2, 2, 2, 1)), ("gpipe", 8, (8, 8, 8, 8))],
+)
+def test_in_flight(schedule: Any, micro_batches: int, in_flight: tuple[int, ...]) -> None:
+    strategy = Strategy(num_stages=4, schedule=schedule, num_micro_batches=micro_batches)
+    assert tuple(num_in_flight(strategy, stage) for stage in range(4)) == in_flight
+
+
+STRATEGY = {
+    "data_parallel": st.integers(1, 8),
+    "num_micro_batches": st.integers(1, 12),
+    "schedule": st.sampled_from(["1f1b", "gpipe"]),
+    "recomputation": st.sampled_from(list(RECOMPUTATION_LEVELS)),
+    "distribute_param": st.integers(0, 3),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=st.fixed_dictionaries(STRATEGY), stage=st.integers(0, 1), tied=st.integers(0, 900))
+def test_orders(fields: dict[str, Any], stage: int, tied: int) -> None:
+    workload = _workload(tied=tied)
+
+    def memory(**changes: Any) -> dict[str, int]:
+        parts = stage_memory(workload, _two_stages(**{**fields, **changes}), stage=stage)
+        assert all(size >= 0 for size in parts.values())
+        return parts
+
+    def states(**changes: Any) -> int:
+        parts = memory(**changes)
+        return parts["parameters"] + parts["gradients"] + parts["optimizer"]
+
+    assert states(distribute_param=1) >= states(distribute_param=2) >= states(distribute_param=3)
+    assert states(data_parallel=1, distribute_param=0) == states(data_parallel=1)
+    activations = [memory(recomputation=level)["activations"] for level in ("none", "selective", "full")]
+    assert activations == sorted(activations, reverse=True)
+    more = fields["num_micro_batches"] + 1
+    assert memory(num_micro_batches=more)["activations"] >= memory()["activations"]
+    assert memory(schedule="gpipe")["activations"] >= memory(schedule="1f1b")["activations"]
