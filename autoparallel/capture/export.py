@@ -77,7 +77,7 @@ def export_training_forward(model: Any, *, dtype: torch.dtype | None = None) -> 
 def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
     """A training-mode copy of `model` without weights: every parameter and buffer is a fake CPU tensor."""
     if isinstance(model, (str, os.PathLike)):
-        model = _load_config(os.fspath(model))
+        model = load_config(model)
     with fake_mode:
         if isinstance(model, PretrainedConfig):
             config = copy.deepcopy(model)
@@ -92,9 +92,9 @@ def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | Non
     return twin.train()
 
 
-def _load_config(path: str) -> PretrainedConfig:
+def load_config(path: str | os.PathLike[str]) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(os.fspath(path))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model configuration at '{path}'",

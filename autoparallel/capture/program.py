@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+import os
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
-from autoparallel.capture.annotate import annotate, canonical_parameter_names
-from autoparallel.capture.export import Exported, export_training_forward
+from autoparallel.capture.annotate import annotate, canonical_parameter_names, dtype_name
+from autoparallel.capture.export import Exported, export_training_forward, load_config
 from autoparallel.capture.segments import Segments, assign_segments
 from autoparallel.ir.graph import Graph
 
@@ -48,3 +49,12 @@ class Program:
 def capture(model: Any, *, dtype: torch.dtype | None = None) -> Program:
     """Trace an HF causal LM (object, config or path); `dtype` is the compute dtype, None keeps the model's."""
     return Program(export_training_forward(model, dtype=dtype))
+
+
+def model_dtype(model: Any) -> str:
+    """The dtype of a model's parameters, or the one that its config says it loads with."""
+    if isinstance(model, torch.nn.Module):
+        floating = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]
+        return dtype_name(floating[0] if floating else torch.float32)
+    config = load_config(model) if isinstance(model, (str, os.PathLike)) else model
+    return dtype_name(getattr(config, "dtype", None) or torch.float32)

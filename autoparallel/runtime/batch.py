@@ -80,7 +80,7 @@ def agree_on_batch(
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         padded = not bool(mask.bool().all())
         parts = [input_ids, mask] + ([] if labels is None else [labels])
-        payload = torch.stack([part.to("cpu", torch.int64) for part in parts])
+        payload = _payload(parts)
         header = torch.tensor([*input_ids.shape, labels is not None, padded, torch.initial_seed() % (1 << 62)])
         if num_items is not None:
             divisor = torch.as_tensor(num_items).to("cpu", torch.float64)
@@ -101,6 +101,11 @@ def agree_on_batch(
         padded=bool(padded),
         seed=seed,
     )
+
+
+def _payload(parts: list[Tensor]) -> Tensor:
+    """[tensors, rows, seq], in the one dtype that every rank's receive buffer has: gloo does not compare dtypes, it copies bytes."""
+    return torch.stack([part.to("cpu", torch.int64) for part in parts])
 
 
 def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:

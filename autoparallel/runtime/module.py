@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from autoparallel.errors import ContractError, WorkerError
+from autoparallel.plan.plan import Plan
 from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.engine import Engine
 
@@ -87,6 +88,11 @@ class ParallelModule:
         forward = super().forward  # type: ignore[misc]
         mask = batch.attention_mask
         return forward(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels, use_cache=False, return_dict=return_dict)
+
+    @property
+    def parallel_plan(self) -> Plan:
+        """The plan this model runs under."""
+        return self._placed_engine("parallel_plan").plan
 
     def gradient(self, name: str) -> Tensor | None:
         """The whole gradient of the parameter called `name`, on every rank; call it on all ranks, as the loop does everything."""

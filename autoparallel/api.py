@@ -1,0 +1,273 @@
+"""The whole flow on one screen: capture, price, search, select, plan; and the two ways into a training script.
+
+    model + batch shape → Program → Graph → Workload → candidates → Plan → Engine
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import autoparallel
+from autoparallel.cost.flavors import resolve_flavor
+from autoparallel.cost.tables import CostTable, load_table
+from autoparallel.cost.workload import Workload
+from autoparallel.errors import ConfigError
+from autoparallel.ir.flavor import Flavor
+from autoparallel.plans.estimate import Estimate
+from autoparallel.plans.plan import ModelSummary, Plan
+from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.settings import settings
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from autoparallel.capture.program import Program
+
+FlavorLike = str | os.PathLike[str] | Flavor
+
+
+def plan(
+    model: Any,
+    flavor: FlavorLike,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str = "auto",
+    constraints: Constraints | None = None,
+    workers: int | None = None,
+) -> Plan:
+    """Find the cheapest way to train `model` on `flavor`, without a GPU and without weights.
+
+    `model` is an HF causal LM (real or on meta), its config, or the path of either; `batch_size` rows of `seq_len` tokens are one
+    step of the whole cluster. Raises NoFeasiblePlanError when nothing fits, ConfigError when the question cannot be asked.
+    """
+    resolved = resolve_flavor(flavor)
+    return plan_program(
+        _capture(model, resolved, dtype),
+        resolved,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        model_dtype=_model_dtype(model),
+        dtype=dtype,
+        constraints=constraints or Constraints(),
+        workers=workers,
+    )
+
+
+def plan_program(
+    program: Program,
+    flavor: Flavor,
+    *,
+    batch_size: int,
+    seq_len: int,
+    model_dtype: str,
+    dtype: str = "auto",
+    constraints: Constraints,
+    workers: int | None = None,
+) -> Plan:
+    """Plan for a captured program: price its segments, search, select."""
+    import torch
+    from loguru import logger
+
+    from autoparallel.search.select import search, select_best_graph_from_candidates
+
+    table = load_table(flavor.device)
+    logger.info("Got cost table {} from cost_models.", table.name)
+    workload = _workload(
+        program, flavor, table, batch_size=batch_size, seq_len=seq_len, model_dtype=model_dtype, dtype=dtype, constraints=constraints
+    )
+    candidates = search(workload, constraints, workers=workers)
+    chosen = select_best_graph_from_candidates(candidates, workload=workload, constraints=constraints)
+    assert chosen.estimate is not None
+    return Plan(
+        autoparallel_version=autoparallel.__version__,
+        torch_version=torch.__version__.split("+")[0],
+        model=_summary(program),
+        flavor=flavor,
+        constraints=constraints,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        dtype=workload.precision.compute_dtype,
+        strategy=chosen.strategy,
+        estimate=chosen.estimate,
+        candidates=tuple(candidates),
+        assumptions=tuple(f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()),
+    )
+
+
+def estimate(
+    model: Any, flavor: FlavorLike, strategy: Strategy, *, batch_size: int, seq_len: int, dtype: str = "auto", memory_ratio: float = 1.0
+) -> Estimate:
+    """Price one named strategy. Without `stages`, the blocks are cut where that is cheapest; memory is reported, never a reason to refuse."""
+    from autoparallel.search.price import cut_and_price
+
+    resolved = resolve_flavor(flavor)
+    if strategy.num_devices != resolved.num_devices or strategy.batch_size != batch_size:
+        raise ConfigError(
+            f"the strategy is for {strategy.num_devices} devices and {strategy.batch_size} rows",
+            why=f"asked: {resolved.num_devices} devices ({resolved.name}) and {batch_size} rows",
+            remedy="num_stages × tensor_parallel × data_parallel are the devices, data_parallel × batch_per_device × num_micro_batches the rows",
+        )
+    constraints = Constraints(memory_ratio=memory_ratio, batch_per_device=strategy.batch_per_device)
+    workload = _workload(
+        _capture(model, resolved, dtype),
+        resolved,
+        load_table(resolved.device),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        model_dtype=_model_dtype(model),
+        dtype=dtype,
+        constraints=constraints,
+        micro_batch_sizes=[strategy.batch_per_device],
+    )
+    return cut_and_price(workload, strategy)
+
+
+def program(model: Any, plan: Plan, *, rank: int = 0) -> fx.GraphModule:
+    """The fx program that `rank` would run under `plan`, on fake tensors: no weights, no processes. `print_readable()` shows it."""
+    from autoparallel.capture.program import capture
+    from autoparallel.emit.stage import emit_stage, state_tensors
+
+    captured = capture(model, dtype=_torch_dtype(plan.dtype))
+    plan.check_matches(fingerprint=captured.graph.fingerprint)
+    if not 0 <= rank < plan.strategy.num_devices:
+        raise ConfigError(f"rank {rank} does not exist", why=f"the plan is for {plan.strategy.num_devices} devices")
+    assert plan.strategy.stages is not None
+    tensors = state_tensors(captured.exported.twin, captured)
+    ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
+    return emit_stage(captured, plan.strategy.stages[rank // ranks_per_stage], lambda name: tensors[name])
+
+
+def compile(
+    model: nn.Module,
+    flavor: FlavorLike = "local",
+    *,
+    dtype: str = "auto",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    constraints: Constraints | None = None,
+    example_inputs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make `model` train in parallel on `flavor`, in an unchanged single-device loop. Returns the same object.
+
+    In a plain `python train.py` this call starts one process per device and never returns in the first one; under torchrun it joins.
+    Without `example_inputs` (a batch: input_ids, labels, ...) the plan is made at the first training forward. `plan` replays a saved one.
+    """
+    from autoparallel.runtime import start
+
+    given = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+    resolved = given.flavor if given is not None else resolve_flavor(_or_setting(flavor))
+    return start.compile_model(
+        model, resolved, dtype=dtype, plan=given, constraints=constraints or Constraints(), example_inputs=example_inputs, planner=plan_program
+    )
+
+
+def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constraints: Any) -> None:
+    """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make it run.
+
+    Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device, ...
+    """
+    from autoparallel.runtime import start
+
+    unknown = [name for name in constraints if name not in Constraints.model_fields]
+    if unknown:
+        from autoparallel.cost.tables import nearest
+
+        close = nearest(unknown[0], tuple(Constraints.model_fields))
+        raise ConfigError(
+            f"enable_advanced_parallelization has no option {unknown[0]!r}",
+            why="options are " + ", ".join(Constraints.model_fields),
+            remedy=f"did you mean {close[0]!r}?" if close else "remove it",
+        )
+    resolved = resolve_flavor(_or_setting("local" if flavor is None else flavor))
+    start.enable(resolved, Constraints(**constraints), planner=plan_program)
+
+
+def _or_setting(flavor: FlavorLike) -> FlavorLike:
+    """AUTOPARALLEL_FLAVOR stands in for the default, so that one script serves every cluster."""
+    return settings().flavor or flavor if flavor == "local" else flavor
+
+
+def _capture(model: Any, flavor: Flavor, dtype: str) -> Program:
+    from loguru import logger
+
+    from autoparallel.capture.program import capture
+    from autoparallel.cost.segments import precision
+
+    start = time.perf_counter()
+    compute = precision(flavor, dtype=dtype, model_dtype=_model_dtype(model)).compute_dtype
+    captured = capture(model, dtype=_torch_dtype(compute))
+    num_ops = captured.graph.dag.number_of_nodes()
+    logger.info("Captured {} ({} ops) in {:.0f} [ms]", captured.graph.architecture, num_ops, (time.perf_counter() - start) * 1e3)
+    for note in captured.graph.notes:
+        logger.info("{}", note)
+    return captured
+
+
+def _workload(
+    program: Program,
+    flavor: Flavor,
+    table: CostTable,
+    *,
+    batch_size: int,
+    seq_len: int,
+    model_dtype: str,
+    dtype: str,
+    constraints: Constraints,
+    micro_batch_sizes: list[int] | None = None,
+) -> Workload:
+    from autoparallel.cost.segments import build_workload, precision
+    from autoparallel.space.candidates import enumerate_strategies
+
+    if micro_batch_sizes is None:
+        strategies = enumerate_strategies(
+            num_devices=flavor.num_devices,
+            batch_size=batch_size,
+            num_blocks=program.graph.num_segments - 2,
+            constraints=constraints,
+        )
+        micro_batch_sizes = [strategy.batch_per_device for strategy in strategies]
+    return build_workload(
+        program.graph,
+        flavor,
+        table,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        micro_batch_sizes=micro_batch_sizes,
+        memory_ratio=constraints.memory_ratio,
+        precision=precision(flavor, dtype=dtype, model_dtype=model_dtype),
+    )
+
+
+def _summary(program: Program) -> ModelSummary:
+    graph = program.graph
+    return ModelSummary(
+        name=graph.model_name,
+        architecture=graph.architecture,
+        fingerprint=graph.fingerprint,
+        num_parameters=sum(p.numel for p in graph.parameters),
+        trainable_parameters=sum(p.numel for p in graph.parameters if p.trainable),
+        parameter_bytes=sum(p.size_bytes for p in graph.parameters),
+        num_blocks=graph.num_segments - 2,
+        block_classes=graph.segment_classes[1:-1],
+    )
+
+
+def _model_dtype(model: Any) -> str:
+    """The dtype the user's weights have or would load with."""
+    from autoparallel.capture.program import model_dtype
+
+    return model_dtype(model)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"unknown dtype {name!r}", why='a compute dtype is "auto", "bfloat16", "float16", "float32" or "float64"')
+    return found
+
+
+__all__ = ["compile", "enable_advanced_parallelization", "estimate", "plan", "plan_program", "program"]

@@ -1,0 +1,142 @@
+"""From the user's one line to a running engine: launch, patch, and the plan that rank 0 makes at the first step and everyone adopts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from autoparallel import errors
+from autoparallel.capture.program import capture, model_dtype
+from autoparallel.errors import AutoParallelError, ConfigError
+from autoparallel.ir.flavor import Flavor
+from autoparallel.plans.plan import Plan
+from autoparallel.plans.strategy import Constraints
+from autoparallel.runtime.batch import Batch, agree_on_batch
+from autoparallel.runtime.engine import Engine, agree_on_program
+from autoparallel.runtime.launch import ensure_launched, is_main
+from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
+
+Planner = Callable[..., Plan]
+
+
+def compile_model(
+    model: nn.Module,
+    flavor: Flavor,
+    *,
+    dtype: str,
+    plan: Plan | None,
+    constraints: Constraints,
+    example_inputs: dict[str, Any] | None,
+    planner: Planner,
+) -> nn.Module:
+    """Launch, and give `model` the parallel forward; with example inputs, plan now."""
+    if isinstance(model, ParallelModule):
+        raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
+    _check_runnable_dtype(model, dtype)
+    ensure_launched(flavor)
+    device = _device(flavor)
+    start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
+    parallelize(model, start, device=device)
+    if example_inputs is not None:
+        batch = agree_on_batch(
+            input_ids=example_inputs["input_ids"],
+            attention_mask=example_inputs.get("attention_mask"),
+            labels=example_inputs.get("labels"),
+            num_items=None,
+            device=device,
+        )
+        model._parallel.start(model, batch)  # type: ignore[union-attr,operator]
+    return model
+
+
+def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
+    """Launch, and compile every HF model at the first call that trains it."""
+    ensure_launched(flavor)
+    plain_call = PreTrainedModel.__call__
+    if getattr(plain_call, "_autoparallel", False):
+        raise ConfigError("enable_advanced_parallelization was called twice", remedy="call it once, before training starts")
+
+    def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        trains = torch.is_grad_enabled() and kwargs.get("labels") is not None
+        if trains and not isinstance(self, ParallelModule) and not _is_capturing():
+            compile_model(self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner)
+        return plain_call(self, *args, **kwargs)
+
+    call._autoparallel = True  # type: ignore[attr-defined]
+    PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+
+
+def _is_capturing() -> bool:
+    """torch.export runs a twin of the model, which must stay plain."""
+    return torch.compiler.is_exporting() or torch.compiler.is_compiling()
+
+
+def engine_factory(
+    flavor: Flavor, *, plan: Plan | None, constraints: Constraints, planner: Planner, device: torch.device
+) -> EngineFactory:
+    """How a compiled model gets its engine when the first training batch arrives."""
+
+    def start(model: nn.Module, batch: Batch) -> Engine:
+        plain = type(model).__mro__[2]
+        parallel, model.__class__ = type(model), plain  # capture sees the user's model
+        try:
+            program = capture(model)
+        finally:
+            model.__class__ = parallel
+        agree_on_program(program)
+        adopted = _agree_on_plan(
+            lambda: plan
+            or planner(
+                program, flavor, batch_size=batch.rows, seq_len=batch.seq_len, model_dtype=model_dtype(model), constraints=constraints
+            )
+        )
+        engine = Engine(model, program, adopted, device=device)
+        if is_main():
+            estimate = adopted.estimate
+            logger.info(
+                "Predicted step time {:.3f} s, {:.0f} tokens/s, peak memory {:.2f} GiB per device.",
+                estimate.step_time_s,
+                estimate.tokens_per_second,
+                estimate.peak_memory_bytes / 2**30,
+            )
+        return engine
+
+    return start
+
+
+def _agree_on_plan(make: Callable[[], Plan]) -> Plan:
+    """Rank 0 plans; its plan, or its error, is everyone's."""
+    message = [""]
+    if is_main():
+        try:
+            message = [make().to_json()]
+        except AutoParallelError as error:
+            parts = {"what": error.what, "why": error.why, "remedy": error.remedy}
+            message = [json.dumps({"error": type(error).__name__, **parts})]
+    dist.broadcast_object_list(message, src=0)
+    text = message[0]
+    if text.startswith('{"error"'):
+        failed = json.loads(text)
+        raise getattr(errors, failed["error"], AutoParallelError)(failed["what"], why=failed["why"], remedy=failed["remedy"])
+    return Plan.from_json(text)
+
+
+def _check_runnable_dtype(model: nn.Module, dtype: str) -> None:
+    found = model_dtype(model)
+    if dtype not in ("auto", found):
+        raise ConfigError(
+            f"the model is {found} and cannot be run in {dtype}",
+            why="the emitted program computes in the dtype its parameters have; separate compute copies are only priced so far",
+            remedy=f"load the model with dtype=torch.{dtype}",
+        )
+
+
+def _device(flavor: Flavor) -> torch.device:
+    return torch.device("cpu") if flavor.is_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,140 @@
+"""Stage cuts: a workload and a strategy in, the best stages that fit into memory out, or by how much none fits.
+
+With `m` micro-batches, `c` a stage's time for one and `e` its once-a-step time (`Ranges`), a pipeline takes about
+
+    sum c  +  (m - 1) · max c  +  max (e - backward of the stages before)
+
+since a stage ends that much before stage 0. The sum is the same for every cut; the rest is minimised exactly over all
+contiguous cuts with a block in every stage. As in Alpa (arXiv 2201.12023), bounds on the slowest stage are enumerated
+and a dynamic program finds the best end under each; the walk stops once the bound alone exceeds the best. Among equals
+the most even cut is taken, then the one whose last stages begin earliest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.cost.memory import capacity_bytes
+from autoparallel.cost.workload import Workload
+from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.search.ranges import Array, Ranges
+
+Mask = NDArray[np.bool_]
+UNREACHABLE = np.int64(2**62)
+EVENNESS_STEPS = 2**15
+"""Resolution of a stage's share of the slowest one, when cuts are compared by evenness."""
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """The stage that misses its memory by most, in the cut where that is least."""
+
+    stage: int
+    stages: tuple[StagePlan, ...]
+    excess_bytes: int
+
+
+def find_cuts(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
+    """The stages of a strategy with at most as many stages as the model has blocks."""
+    ranges = Ranges(workload, strategy)
+    legal = _has_block(ranges.num_segments, num_stages=strategy.num_stages)
+    excess = [ranges.memory_bytes(stage) - capacity_bytes(workload) for stage in range(strategy.num_stages)]
+    fits = [legal & (stage_excess <= 0) for stage_excess in excess]
+    firsts = _fastest(ranges, fits)
+    if firsts is not None:
+        return _stage_plans(firsts, workload, strategy)
+    firsts = _partition(excess, [legal] * strategy.num_stages, np.maximum)
+    assert firsts is not None, "fewer blocks than stages"
+    stages = _stage_plans(firsts, workload, strategy)
+    worst = [int(excess[i][plan.first_segment, plan.last_segment]) for i, plan in enumerate(stages)]
+    return Shortfall(stage=worst.index(max(worst)), stages=stages, excess_bytes=max(worst))
+
+
+def _has_block(num_segments: int, *, num_stages: int) -> Mask:
+    """[first, last]: ranges with a block between the first segment and the last one; a single stage needs none."""
+    first, last = np.ogrid[:num_segments, :num_segments]
+    legal: Mask = np.maximum(first, 1) <= np.minimum(last, num_segments - 2)
+    if num_stages == 1:
+        legal[0, -1] = True
+    return legal
+
+
+def _fastest(ranges: Ranges, fits: list[Mask]) -> list[int] | None:
+    """First segment of every stage, or None where no cut fits."""
+    cost = ranges.micro_batch_ps
+    end = ranges.step_ps - ranges.backward_before_ps[:, None]
+    slowest = _least_maximum(cost, fits)
+    if slowest is None:
+        return None
+    following = ranges.strategy.num_micro_batches - 1
+    least_end = _least_maximum(end, fits)
+    latest = _least_maximum(end, _limited(fits, cost <= slowest))
+    assert least_end is not None
+    assert latest is not None
+    best = (following * slowest + latest, slowest, latest)
+    while latest > least_end:
+        slowest = _least_maximum(cost, _limited(fits, end < latest))
+        assert slowest is not None
+        if following * slowest + least_end >= best[0]:
+            break
+        latest = _least_maximum(end, _limited(fits, cost <= slowest))
+        assert latest is not None
+        best = min(best, (following * slowest + latest, slowest, latest))
+    _, slowest, latest = best
+    share = cost * EVENNESS_STEPS // max(1, slowest)
+    return _partition([share**2] * len(fits), _limited(fits, (cost <= slowest) & (end <= latest)), np.add)
+
+
+def _limited(allowed: list[Mask], limit: Mask) -> list[Mask]:
+    return [mask & limit for mask in allowed]
+
+
+def _least_maximum(values: Array, allowed: list[Mask]) -> int | None:
+    """The smallest possible maximum of the stages' values."""
+    best = _sweep([values] * len(allowed), allowed, np.maximum)[-1]
+    return None if best[-1] == UNREACHABLE else int(best[-1])
+
+
+def _partition(values: Sequence[Array], allowed: list[Mask], combine: Any) -> list[int] | None:
+    """First segment of every stage, of the partition whose combined value is least."""
+    before = _sweep(values, allowed, combine)
+    if before[-1][-1] == UNREACHABLE:
+        return None
+    firsts, end = [], len(before[0]) - 1
+    for stage in reversed(range(len(allowed))):
+        through = _through(before[stage], values[stage], allowed[stage], combine)
+        end = int(through[:, end - 1].argmin())
+        firsts.append(end)
+    return firsts[::-1]
+
+
+def _sweep(values: Sequence[Array], allowed: list[Mask], combine: Any) -> list[Array]:
+    """[stage][segment]: least combined value of the stages before `stage`, if they end just before `segment`."""
+    before = np.full(len(values[0]) + 1, UNREACHABLE)
+    before[0] = 0 if combine is np.add else -UNREACHABLE
+    sweep = [before]
+    for stage_values, mask in zip(values, allowed, strict=True):
+        after = np.full_like(before, UNREACHABLE)
+        after[1:] = _through(sweep[-1], stage_values, mask, combine).min(axis=0)
+        sweep.append(after)
+    return sweep
+
+
+def _through(before: Array, values: Array, mask: Mask, combine: Any) -> Array:
+    """[first, last]: value of the stages so far and one more, `first .. last`."""
+    starts = before[:-1, None]
+    through: Array = np.where(mask & (starts < UNREACHABLE), combine(starts, values), UNREACHABLE)
+    return through
+
+
+def _stage_plans(firsts: list[int], workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...]:
+    ends = [*firsts[1:], len(workload.segment_classes)]
+    return tuple(
+        StagePlan(first_segment=first, last_segment=end - 1, recomputation=strategy.recomputation)
+        for first, end in zip(firsts, ends, strict=True)
+    )

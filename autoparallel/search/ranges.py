@@ -1,0 +1,186 @@
+"""Every run of segments that could be a stage, at once: a workload and a strategy in, arrays [first, last] out.
+
+The same formulas as `stage_times.stage_seconds` and `cost.memory.stage_memory`, as prefix sums and running maxima; a
+test holds them equal for every range. Times are whole picoseconds, so that equal stages compare equal. Entries with
+first > last mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.cost.memory import num_in_flight
+from autoparallel.cost.workload import SegmentCost, Workload
+from autoparallel.plan.strategy import Strategy
+from autoparallel.search.stage_times import Overheads, recompute_s
+
+Array = NDArray[np.int64]
+PICO = 1e-12
+
+
+class Ranges:
+    """Times and memory of the stages `first .. last` under one strategy."""
+
+    def __init__(self, workload: Workload, strategy: Strategy) -> None:
+        self.workload, self.strategy = workload, strategy
+        self.num_segments = len(workload.segment_classes)
+        self.overheads = Overheads(workload, strategy)
+        self.costs = [workload.cost(segment, strategy.batch_per_device) for segment in range(self.num_segments)]
+
+    @cached_property
+    def trainable(self) -> Array:
+        """[first, segment]: elements that a stage beginning at `first` counts in `segment`."""
+        return self._elements(lambda count: count.trainable)
+
+    @cached_property
+    def total(self) -> Array:
+        return self._elements(lambda count: count.trainable + count.frozen)
+
+    def _elements(self, of: Callable[..., int]) -> Array:
+        """A shared parameter counts in the first segment of the stage that uses it."""
+        own = np.array([of(count) for count in self.workload.parameters], dtype=np.int64)
+        counts = _from_first(own)
+        for shared in self.workload.shared:
+            for first in range(max(shared.segments) + 1):
+                counts[first, min(s for s in shared.segments if s >= first)] += of(shared.count)
+        return counts
+
+    @cached_property
+    def micro_batch_ps(self) -> Array:
+        """Forward, backward, recomputation and collectives of one micro-batch."""
+        sharding = self.overheads.sharding
+        gathers = sharding.forward_gathers + sharding.backward_gathers
+        forward_ps = np.array([_ps(cost.forward_s) for cost in self.costs], dtype=np.int64)
+        compute_ps = _running_sums(forward_ps + self._backward_ps)
+        return compute_ps + self._sharded_ps(gathers=gathers, reduces=sharding.backward_reduces)
+
+    @cached_property
+    def step_ps(self) -> Array:
+        """What happens once a step: gathers, reductions, tied gradients, optimizer."""
+        sharding = self.overheads.sharding
+        once: Array = self._sharded_ps(gathers=sharding.gathers_per_step, reduces=sharding.reduces_per_step)
+        trainable = self.trainable.cumsum(axis=1)
+        once = once + _each(self.overheads.all_reduce_s, trainable) + _each(self.overheads.optimizer_s, trainable)
+        for shared in self.workload.shared if self.strategy.num_stages > 1 else ():
+            tie_s = self.overheads.tie_s(shared, num_holders=2, distance=self.strategy.num_stages - 1)
+            once += _ps(tie_s) * self._split(shared.segments)
+        return once
+
+    def _sharded_ps(self, *, gathers: int, reduces: int) -> Array:
+        times: Array = np.zeros_like(self.total)
+        if gathers:
+            times = times + gathers * _each(self.overheads.gather_s, self.total)
+        if reduces:
+            times = times + reduces * _each(self.overheads.reduce_scatter_s, self.trainable)
+        sums: Array = times.cumsum(axis=1)
+        return sums
+
+    def _split(self, segments: tuple[int, ...]) -> Array:
+        """1 where a range holds some of the segments and not all."""
+        first, last = np.ogrid[: self.num_segments, : self.num_segments]
+        inside = np.array([(first <= s) & (s <= last) for s in segments])
+        return (inside.any(axis=0) & ~inside.all(axis=0)).astype(np.int64)
+
+    @cached_property
+    def backward_before_ps(self) -> Array:
+        """[first]: backward of one micro-batch on the segments before `first`."""
+        before: Array = np.cumsum(self._backward_ps) - self._backward_ps
+        return before
+
+    @cached_property
+    def _backward_ps(self) -> Array:
+        """[segment], recomputation included."""
+        size, recomputation = self.strategy.batch_per_device, self.strategy.recomputation
+        again_s = [
+            recompute_s(self.workload, segment=i, batch_per_device=size, recomputation=recomputation)
+            for i in range(self.num_segments)
+        ]
+        return np.array([_ps(c.backward_s + s) for c, s in zip(self.costs, again_s, strict=True)], dtype=np.int64)
+
+    def memory_bytes(self, stage: int) -> Array:
+        """Peak bytes per device, were the range this stage."""
+        in_flight, entering = num_in_flight(self.strategy, stage), self._input_bytes
+        memory = self._fixed_bytes + in_flight * self._kept_bytes
+        if stage > 0:
+            memory = memory + entering[:-1, None]
+        if stage < self.strategy.num_stages - 1:
+            memory = memory + (in_flight + 1) * entering[None, 1:]
+        return memory
+
+    @cached_property
+    def _input_bytes(self) -> Array:
+        """[segment], and a zero for what follows the last one."""
+        return np.array([*(cost.input_bytes for cost in self.costs), 0], dtype=np.int64)
+
+    @cached_property
+    def _kept_bytes(self) -> Array:
+        """Activations of one micro-batch."""
+        kept = [kept_bytes(self.strategy, c, is_block=self._is_block(i)) for i, c in enumerate(self.costs)]
+        return _running_sums(np.array(kept, dtype=np.int64) + self._input_bytes[:-1])
+
+    @cached_property
+    def _fixed_bytes(self) -> Array:
+        """Parameters, gradients, optimizer states, workspace and reserve."""
+        kept = [kept_bytes(self.strategy, c, is_block=self._is_block(i)) for i, c in enumerate(self.costs)]
+        rebuilt = [max(0, cost.saved_bytes - bytes_) for cost, bytes_ in zip(self.costs, kept, strict=True)]
+        transient = [cost.workspace_bytes + bytes_ for cost, bytes_ in zip(self.costs, rebuilt, strict=True)]
+        workspace = np.maximum.accumulate(_from_first(np.array(transient, dtype=np.int64)), axis=1)
+        return self._state_bytes + workspace + int(self.workload.table.reserve_bytes.value)
+
+    @cached_property
+    def _state_bytes(self) -> Array:
+        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.data_parallel
+        trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
+        if ways == 1 or level == 0:
+            copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
+            return total * copies + trainable * (precision.gradient_bytes + precision.optimizer_state_bytes)
+        gathered = _two_largest(self.total) if level == 3 else total
+        whole_gradients = trainable if level == 1 else np.maximum.accumulate(self.trainable, axis=1)
+        shard = -(-trainable // ways)
+        return (
+            -(-total // ways) * precision.master_bytes
+            + gathered * precision.compute_bytes
+            + (whole_gradients + shard) * precision.gradient_bytes
+            + shard * precision.optimizer_state_bytes
+        )
+
+    def _is_block(self, segment: int) -> bool:
+        return 0 < segment < self.num_segments - 1
+
+
+def kept_bytes(strategy: Strategy, cost: SegmentCost, *, is_block: bool) -> int:
+    """Activations of a segment, its input left out, that stay from forward to backward."""
+    kept = {"none": cost.saved_bytes, "selective": cost.saved_selective_bytes, "full": 0}
+    return kept[strategy.recomputation if is_block else "none"]
+
+
+def _ps(seconds: float) -> int:
+    return round(seconds / PICO)
+
+
+def _from_first(values: Array) -> Array:
+    """[first, segment]: the values of the segments from `first` on, zeros before."""
+    return np.triu(np.broadcast_to(values, (len(values), len(values))))
+
+
+def _running_sums(values: Array) -> Array:
+    return _from_first(values).cumsum(axis=1)
+
+
+def _each(seconds_of: Callable[[int], float], elements: Array) -> Array:
+    """Picoseconds for every entry; a model has few distinct ones."""
+    distinct, where = np.unique(elements, return_inverse=True)
+    return np.array([_ps(seconds_of(int(n))) for n in distinct], dtype=np.int64)[where].reshape(elements.shape)
+
+
+def _two_largest(values: Array) -> Array:
+    """Running sum of the two largest entries of each row."""
+    largest = np.maximum.accumulate(values, axis=1)
+    second = np.zeros_like(values)
+    for last in range(1, values.shape[1]):
+        second[:, last] = np.maximum(second[:, last - 1], np.minimum(values[:, last], largest[:, last - 1]))
+    return largest + second

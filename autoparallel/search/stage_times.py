@@ -1,0 +1,156 @@
+"""What a stage spends its time on: a workload, a strategy and one stage in, seconds by kind out.
+
+Sharding communicates segment by segment, as the runtime gathers and reduces (FSDP2, arXiv 2304.11277; ZeRO, arXiv
+1910.02054). Nothing is overlapped with compute: an upper bound where the device can do both at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from autoparallel.cost import compute
+from autoparallel.cost.collectives import Topology
+from autoparallel.cost.memory import segment_parameters
+from autoparallel.cost.workload import SharedParameters, Workload
+from autoparallel.plan.strategy import Recomputation, StagePlan, Strategy
+
+
+class Sharding(NamedTuple):
+    """How often a sharded segment gathers its parameters and reduces its gradients."""
+
+    gathers_per_step: int = 0
+    reduces_per_step: int = 0
+    forward_gathers: int = 0
+    """These and the next: for every micro-batch."""
+    backward_gathers: int = 0
+    backward_reduces: int = 0
+
+
+SHARDING = {
+    0: Sharding(),
+    1: Sharding(gathers_per_step=1, reduces_per_step=1),
+    2: Sharding(gathers_per_step=1, backward_reduces=1),
+    3: Sharding(forward_gathers=1, backward_gathers=1, backward_reduces=1),
+}
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Seconds by number of elements. A data-parallel group is `data_parallel` neighbouring ranks."""
+
+    workload: Workload
+    strategy: Strategy
+
+    @cached_property
+    def topology(self) -> Topology:
+        return Topology(self.workload.flavor, self.workload.table)
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        return SHARDING[self.strategy.distribute_param if self.strategy.data_parallel > 1 else 0]
+
+    def gather_s(self, elements: int) -> float:
+        """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
+        if elements == 0:
+            return 0.0
+        size_bytes = elements * self.workload.precision.compute_bytes
+        return self.topology.all_gather_s(size_bytes, group_size=self.strategy.data_parallel)
+
+    def reduce_scatter_s(self, trainable: int) -> float:
+        """Every rank gets the summed gradients of its shard of a segment."""
+        if trainable == 0:
+            return 0.0
+        size_bytes = trainable * self.workload.precision.gradient_bytes
+        return self.topology.reduce_scatter_s(size_bytes, group_size=self.strategy.data_parallel)
+
+    def all_reduce_s(self, trainable: int) -> float:
+        """Gradients of a whole stage, once a step, where nothing is sharded."""
+        if trainable == 0 or self.strategy.distribute_param > 0:
+            return 0.0
+        size_bytes = trainable * self.workload.precision.gradient_bytes
+        return self.topology.all_reduce_s(size_bytes, group_size=self.strategy.data_parallel)
+
+    def tie_s(self, shared: SharedParameters, *, num_holders: int, distance: int) -> float:
+        """Sum the gradients of a parameter that stages `distance` apart share, after the reduction over replicas."""
+        if num_holders < 2 or shared.count.trainable == 0:
+            return 0.0
+        size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
+        # The cost of a group is known for groups that tile the cluster: the widest such stride crosses as many hosts.
+        stride = min(distance * self.strategy.data_parallel, self.workload.flavor.num_devices // num_holders)
+        return self.topology.all_reduce_s(size_bytes, group_size=num_holders, stride=stride)
+
+    def optimizer_s(self, trainable: int) -> float:
+        """AdamW on what a rank holds: reads gradients, masters and states, writes masters, states and compute copy."""
+        precision = self.workload.precision
+        moved_bytes = precision.gradient_bytes + 2 * precision.master_bytes + 2 * precision.optimizer_state_bytes
+        if precision.separate_compute_copy:
+            moved_bytes += precision.compute_bytes
+        return compute.optimizer_s(
+            self.workload.table, parameters=self.held(trainable), bytes_per_parameter=moved_bytes
+        )
+
+    def held(self, elements: int) -> int:
+        """Elements in the largest shard of what is sharded over replicas."""
+        ways = self.strategy.data_parallel if self.strategy.distribute_param > 0 else 1
+        return -(-elements // ways)
+
+
+def recompute_s(workload: Workload, *, segment: int, batch_per_device: int, recomputation: Recomputation) -> float:
+    """Forward work that backward repeats; what comes before the first block and after the last one never is."""
+    if not 0 < segment < len(workload.segment_classes) - 1:
+        return 0.0
+    cost = workload.cost(segment, batch_per_device)
+    return {"none": 0.0, "selective": cost.recompute_selective_s, "full": cost.forward_s}[recomputation]
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """One stage on one device. The first five are of one micro-batch, the others of a step."""
+
+    forward_s: float
+    backward_s: float
+    """Without recomputation."""
+    recompute_s: float
+    forward_comm_s: float
+    backward_comm_s: float
+    start_s: float
+    """Gathering parameters before the first micro-batch."""
+    reduce_s: float
+    """Summing gradients after the last micro-batch."""
+    optimizer_s: float
+
+    @property
+    def forward_action_s(self) -> float:
+        return self.forward_s + self.forward_comm_s
+
+    @property
+    def backward_action_s(self) -> float:
+        return self.backward_s + self.recompute_s + self.backward_comm_s
+
+
+def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> StageSeconds:
+    """Times of one stage, by segment where segments communicate on their own."""
+    overheads, size = Overheads(workload, strategy), strategy.batch_per_device
+    sharding, segments = overheads.sharding, range(plan.first_segment, plan.last_segment + 1)
+    costs = [workload.cost(segment, size) for segment in segments]
+    again = [
+        recompute_s(workload, segment=i, batch_per_device=size, recomputation=plan.recomputation) for i in segments
+    ]
+    gather_s = reduce_s = 0.0
+    if any(sharding):
+        counts = segment_parameters(workload, plan)
+        gather_s = sum(overheads.gather_s(count.trainable + count.frozen) for count in counts)
+        reduce_s = sum(overheads.reduce_scatter_s(count.trainable) for count in counts)
+    trainable = workload.stage_parameters(plan.first_segment, plan.last_segment).trainable
+    return StageSeconds(
+        forward_s=sum(cost.forward_s for cost in costs),
+        backward_s=sum(cost.backward_s for cost in costs),
+        recompute_s=sum(again),
+        forward_comm_s=sharding.forward_gathers * gather_s,
+        backward_comm_s=sharding.backward_gathers * gather_s + sharding.backward_reduces * reduce_s,
+        start_s=sharding.gathers_per_step * gather_s,
+        reduce_s=sharding.reduces_per_step * reduce_s + overheads.all_reduce_s(trainable),
+        optimizer_s=overheads.optimizer_s(trainable),
+    )

@@ -1,0 +1,138 @@
+"""Stage cuts against brute force over all partitions; the range arrays against the formulas they stand for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoparallel.cost.memory import capacity_bytes, stage_memory
+from autoparallel.cost.workload import Workload
+from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.search.cuts import EVENNESS_STEPS, Shortfall, find_cuts
+from autoparallel.search.ranges import PICO, Ranges
+from autoparallel.search.stage_times import stage_seconds
+from autoparallel.space.candidates import enumerate_strategies
+from tests.workloads import GIB, gpus, random_workloads, segment, workload
+
+
+def all_cuts(workload: Workload, strategy: Strategy) -> Iterator[Strategy]:
+    """Every way to cut, with a block in every stage."""
+    segments, blocks = len(workload.segment_classes), workload.num_blocks
+    for cut in combinations(range(2, blocks + 1), strategy.num_stages - 1):
+        bounds = zip((0, *cut), (*cut, segments), strict=True)
+        plans = tuple(
+            StagePlan(first_segment=a, last_segment=b - 1, recomputation=strategy.recomputation) for a, b in bounds
+        )
+        yield strategy.model_copy(update={"stages": plans})
+
+
+def bounds(plans: tuple[StagePlan, ...]) -> list[tuple[int, int]]:
+    return [(plan.first_segment, plan.last_segment) for plan in plans]
+
+
+def excess_bytes(workload: Workload, cut: Strategy) -> int:
+    """By how much the worst stage misses the capacity; negative where all fit."""
+    peaks = [sum(stage_memory(workload, cut, stage=stage).values()) for stage in range(cut.num_stages)]
+    return max(peaks) - capacity_bytes(workload)
+
+
+def objective(ranges: Ranges, plans: tuple[StagePlan, ...]) -> tuple[int, ...]:
+    """What find_cuts minimises, in the order in which it does."""
+    cost = [int(ranges.micro_batch_ps[a, b]) for a, b in bounds(plans)]
+    end = [int(ranges.step_ps[a, b] - ranges.backward_before_ps[a]) for a, b in bounds(plans)]
+    slowest, latest = max(cost), max(end)
+    unevenness = sum((c * EVENNESS_STEPS // max(1, slowest)) ** 2 for c in cost)
+    return ((ranges.strategy.num_micro_batches - 1) * slowest + latest, slowest, latest, unevenness)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Workload, Strategy]:
+    drawn = draw(random_workloads())
+    options = enumerate_strategies(
+        num_devices=drawn.flavor.num_devices,
+        batch_size=drawn.batch_size,
+        num_blocks=drawn.num_blocks,
+        constraints=Constraints(),
+    )
+    return drawn, draw(st.sampled_from([s for s in options if s.num_stages <= drawn.num_blocks]))
+
+
+@given(problem=problems())
+@settings(max_examples=150, deadline=None)
+def test_cuts_equal_brute_force(problem: tuple[Workload, Strategy]) -> None:
+    drawn, strategy = problem
+    ranges, cuts = Ranges(drawn, strategy), list(all_cuts(drawn, strategy))
+    fitting = [cut for cut in cuts if excess_bytes(drawn, cut) <= 0]
+    found = find_cuts(drawn, strategy)
+    if not fitting:
+        assert isinstance(found, Shortfall)
+        assert found.excess_bytes == min(excess_bytes(drawn, cut) for cut in cuts)
+        return
+    assert not isinstance(found, Shortfall)
+    assert found in [cut.stages for cut in fitting]
+    assert objective(ranges, found) == min(objective(ranges, cut.stages) for cut in fitting)
+
+
+@given(problem=problems())
+@settings(max_examples=60, deadline=None)
+def test_range_arrays_equal_the_formulas(problem: tuple[Workload, Strategy]) -> None:
+    drawn, strategy = problem
+    ranges = Ranges(drawn, strategy)
+    for cut in all_cuts(drawn, strategy):
+        for stage, plan in enumerate(cut.stages):
+            first, last = plan.first_segment, plan.last_segment
+            assert ranges.memory_bytes(stage)[first, last] == sum(stage_memory(drawn, cut, stage=stage).values())
+            seconds = stage_seconds(drawn, cut, plan)
+            once_s = seconds.start_s + seconds.reduce_s + seconds.optimizer_s
+            tie_s = ranges.step_ps[first, last] * PICO - once_s
+            micro_batch_s = seconds.forward_action_s + seconds.backward_action_s
+            assert ranges.micro_batch_ps[first, last] * PICO == pytest.approx(micro_batch_s, abs=1e-10)
+            whole = strategy.num_stages == 1 or not (drawn.shared and (first == 0 or last == len(drawn.parameters) - 1))
+            assert tie_s == pytest.approx(0, abs=1e-10) if whole else tie_s > 0
+
+
+def test_embedding_and_head_count() -> None:
+    """A head as slow as two blocks takes their place in the last stage."""
+    costs = (segment(forward_s=1e-6), segment(forward_s=1e-3), segment(forward_s=2e-3))
+    drawn = workload(gpus(4), costs=costs, num_blocks=10, parameters=(0,) * 12)
+    found = find_cuts(drawn, Strategy(num_stages=4, num_micro_batches=16))
+    assert not isinstance(found, Shortfall)
+    assert bounds(found) == [(0, 3), (4, 6), (7, 9), (10, 11)]
+
+
+def test_early_stages_hold_more_micro_batches_and_get_fewer_blocks_when_memory_is_short() -> None:
+    costs = tuple(segment(forward_s=1e-3, saved_bytes=GIB) for _ in range(3))
+    roomy = workload(gpus(2), costs=costs, num_blocks=8)
+    tight = workload(gpus(2, memory_bytes=10 * GIB), costs=costs, num_blocks=8, memory_ratio=1.0)
+    strategy = Strategy(num_stages=2, num_micro_batches=16)
+    even, shifted = find_cuts(roomy, strategy), find_cuts(tight, strategy)
+    assert not isinstance(even, Shortfall)
+    assert not isinstance(shifted, Shortfall)
+    assert even[0].last_segment == 4
+    assert shifted[0].last_segment < even[0].last_segment
+
+
+def test_shortfall_is_of_the_worst_stage_in_the_best_cut() -> None:
+    drawn = workload(gpus(2, memory_bytes=GIB), num_blocks=4)
+    found = find_cuts(drawn, Strategy(num_stages=2, num_micro_batches=16))
+    assert isinstance(found, Shortfall)
+    cut = Strategy(num_stages=2, num_micro_batches=16, stages=found.stages)
+    peak = sum(stage_memory(drawn, cut, stage=found.stage).values())
+    assert found.excess_bytes == peak - capacity_bytes(drawn) > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"distribute_param": 3}, {"recomputation": "full", "distribute_param": 1}])
+def test_a_large_model_is_cut_in_a_fraction_of_a_second(changes: dict[str, Any]) -> None:
+    drawn = workload(gpus(128), num_blocks=126, batch_size=512, tied=1_000_000)
+    strategy = Strategy(num_stages=16, data_parallel=8, num_micro_batches=64, **changes)
+    begin = time.process_time()
+    found = find_cuts(drawn, strategy)
+    elapsed_s = time.process_time() - begin
+    assert not isinstance(found, Shortfall)
+    assert elapsed_s < 0.5
