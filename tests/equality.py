@@ -1,4 +1,6 @@
-"""The proof that training under a plan is training on one device: loss, every gradient, parameters after several optimizer steps."""
+"""The proof that training under a plan is training on one device: loss, every gradient, parameters after several
+optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SEQ = 8
 
 @dataclass
 class Reference:
-    """What one device does: per step the loss and the gradient norm, the gradients of the first step, the final parameters."""
+    """What one device does: per step the loss and the gradient norm, the gradients of the first step, the final
+    parameters.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -92,7 +96,9 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
-def check_strategies(family: str, strategies: list[Strategy], steps: int = 3, clip: float = 0.5) -> list[tuple[str, float]]:
+def check_strategies(
+    family: str, strategies: list[Strategy], steps: int = 3, clip: float = 0.5
+) -> list[tuple[str, float]]:
     """Run on every rank: each strategy's name and its worst difference to one device."""
     results = []
     with lifted():

@@ -58,7 +58,9 @@ def make_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
 
 
 def make_batch(rows: int, seq: int, *, seed: int = 1, padded: bool = True) -> dict[str, Tensor]:
-    """Random tokens; with `padded`, rows differ in their number of ignored labels, and one row ignores some of its own tokens too."""
+    """Random tokens; with `padded`, rows differ in their number of ignored labels, and one row ignores some of its own
+    tokens too.
+    """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1, VOCABULARY, (rows, seq), generator=generator)
     attention_mask = torch.ones_like(input_ids)

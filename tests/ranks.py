@@ -16,13 +16,16 @@ _context.set_forkserver_preload(["torch", "transformers", "torch.distributed.pip
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`function(*args)` in `num_ranks` processes with torch.distributed initialised; what each returned, in rank order."""
+    """`function(*args)` in `num_ranks` processes with torch.distributed initialised; what each returned, in rank
+    order.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes = [_context.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
-        _context.Process(target=_rank_main, args=(rank, num_ranks, port, pipes[rank][1], function, args)) for rank in range(num_ranks)
+        _context.Process(target=_rank_main, args=(rank, num_ranks, port, pipes[rank][1], function, args))
+        for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()
@@ -44,12 +47,18 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
                 results[rank] = value
             elif rank not in results and not processes[rank].is_alive() and not pipe.poll(0.1):
                 raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}")
-        assert time.monotonic() < deadline, f"ranks {sorted(set(range(len(pipes))) - set(results))} did not finish in time"
+        assert time.monotonic() < deadline, (
+            f"ranks {sorted(set(range(len(pipes))) - set(results))} did not finish in time"
+        )
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank_main(
+    rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     import torch
     import torch.distributed as dist
 

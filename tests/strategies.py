@@ -10,12 +10,13 @@ from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
 
 
 def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
-    """The strategy with blocks spread over its stages, uneven where they do not divide, earlier stages getting fewer."""
+    """The strategy with its blocks spread over the stages; where they do not divide, earlier stages get fewer."""
     blocks, stages = num_segments - 2, strategy.num_stages
     starts = [1 + index * blocks // stages for index in range(stages)] + [num_segments]
     starts[0] = 0
     cuts = tuple(
-        StagePlan(first_segment=starts[i], last_segment=starts[i + 1] - 1, recomputation=strategy.recomputation) for i in range(stages)
+        StagePlan(first_segment=starts[i], last_segment=starts[i + 1] - 1, recomputation=strategy.recomputation)
+        for i in range(stages)
     )
     return strategy.model_copy(update={"stages": cuts})
 
@@ -27,7 +28,11 @@ def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
     nothing = StageEstimate(forward_s=0.0, backward_s=0.0, parameters=0, peak_memory_bytes=0, memory_parts_bytes={})
     parts = dict.fromkeys(Breakdown.model_fields, 0.0)
     estimate = Estimate(
-        step_time_s=0.0, tokens_per_second=0.0, mfu=0.0, breakdown_s=Breakdown(**parts), stages=(nothing,) * strategy.num_stages
+        step_time_s=0.0,
+        tokens_per_second=0.0,
+        mfu=0.0,
+        breakdown_s=Breakdown(**parts),
+        stages=(nothing,) * strategy.num_stages,
     )
     devices = strategy.num_devices
     return Plan(
@@ -43,7 +48,14 @@ def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
             num_blocks=graph.num_segments - 2,
             block_classes=graph.segment_classes[1:-1],
         ),
-        flavor=Flavor(name=f"cpu:{devices}", device="cpu", num_devices=devices, devices_per_host=devices, memory_bytes=1 << 30, cores_per_host=2),
+        flavor=Flavor(
+            name=f"cpu:{devices}",
+            device="cpu",
+            num_devices=devices,
+            devices_per_host=devices,
+            memory_bytes=1 << 30,
+            cores_per_host=2,
+        ),
         constraints=Constraints(),
         batch_size=strategy.batch_size,
         seq_len=seq_len,

@@ -94,14 +94,20 @@ def test_saved_bytes_equal_what_autograd_keeps(family: str, programs: dict[str, 
     batch = make_batch(ROWS, SEQ, padded=False)
     stage(**batch, num_items=torch.tensor(ROWS * SEQ))
     handle.remove()
-    held = {t.untyped_storage().data_ptr() for t in [*captured[0], *model.parameters(), *model.buffers()] if isinstance(t, torch.Tensor)}
+    held = {
+        t.untyped_storage().data_ptr()
+        for t in [*captured[0], *model.parameters(), *model.buffers()]
+        if isinstance(t, torch.Tensor)
+    }
     measured = kept_by_autograd(block, list(captured[0]), held)
     entering = {spec.name for spec in graph.boundaries[2]}
     predicted = _saved_bytes(graph.segment_ops(2), entering, batch=ROWS, seq=SEQ)
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
-@pytest.mark.parametrize(("family", "classes"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("phi3", 1)])
+@pytest.mark.parametrize(
+    ("family", "classes"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("phi3", 1)]
+)
 def test_equal_blocks_share_a_class(family: str, classes: int, programs: dict[str, Program]) -> None:
     blocks = program_of(family, programs).graph.segment_classes[1:-1]
     assert len(blocks) == 4

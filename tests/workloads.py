@@ -100,7 +100,7 @@ def workload(
 
 
 @st.composite
-def random_workloads(draw: st.DrawFn, *, max_blocks: int = 6, max_devices: int = 4, batch_size: int = 8) -> Workload:
+def random_workloads(draw: st.DrawFn, *, max_blocks: int = 6, max_devices: int = 4, batch_size: int = 12) -> Workload:
     """Uneven segments, possibly tied, on memory that some cuts fit and others do not."""
     num_blocks = draw(st.integers(1, max_blocks))
     num_classes = draw(st.integers(3, 4))

@@ -1,7 +1,7 @@
 """fx program -> Graph: symbolic shapes, what autograd saves, parameters, boundaries, and which blocks are equal.
 
-What is saved is observed, not tabulated: the program runs once on fake tensors under autograd with saved-tensor hooks, the attention op
-already in the form it is emitted in, so any operator of any family is right by construction.
+What is saved is observed, not tabulated: the program runs once on fake tensors under autograd with saved-tensor hooks,
+the attention op already in the form it is emitted in, so any operator of any family is right by construction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.capture.export import Exported
-from autoparallel.capture.segments import Segments, assign_segments, module_path
+from autoparallel.capture.segments import assign_segments, module_path
 from autoparallel.ir.dims import Dim
 from autoparallel.ir.graph import Graph, Op, Parameter, SavedTensor, TensorSpec
 
@@ -156,7 +156,11 @@ class _Annotator:
         origins = []
         for parent in node.all_input_nodes:
             value = parent.meta.get("val")
-            kind = f"op{positions[parent]}" if parent in positions else ("parameter" if parent.op == "get_attr" else "outside")
+            kind = (
+                f"op{positions[parent]}"
+                if parent in positions
+                else ("parameter" if parent.op == "get_attr" else "outside")
+            )
             if kind == "outside" and parent in self.free_keys:
                 kind = self.free_keys[parent]
             shape = [self.dim(s) for s in value.shape] if isinstance(value, Tensor) else self.text(parent)
@@ -179,7 +183,11 @@ class _Observer(fx.Interpreter):
 
     def run(self) -> _Observer:  # type: ignore[override]
         placeholders = [n.meta["val"] for n in self.module.graph.nodes if n.op == "placeholder"]
-        with placeholders[0].fake_mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t):
+        with (
+            placeholders[0].fake_mode,
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t),
+        ):
             super().run(*placeholders)
         return self
 
@@ -241,7 +249,9 @@ class _Observer(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def lowered_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float, dropout: float) -> Tensor:
+def lowered_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float, dropout: float
+) -> Tensor:
     """The unpadded, unwindowed case of `emit.attention.Attention`: what autograd keeps of it is what will be kept."""
     if softcap:
         group = query.shape[1] // key.shape[1]

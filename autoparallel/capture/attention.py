@@ -1,9 +1,10 @@
 """Attention as one op of the captured graph, and the masks that may stand behind it.
 
-Left alone, torch.export builds a boolean [batch, 1, seq, seq] mask, hands it to sdpa and expands grouped keys and values to all heads:
-flash attention is lost and every stage clones an S² tensor. While `captured_attention` is active, transformers' own registries
-(`AttentionInterface`, `AttentionMaskInterface`) give one `autoparallel::attention` node a layer with the 2-D padding beside it.
-A mask or an attention that this op cannot express (ALiBi, chunks, sinks) marks the recording, and capture falls back to eager.
+Left alone, torch.export builds a boolean [batch, 1, seq, seq] mask, hands it to sdpa and expands grouped keys and
+values to all heads: flash attention is lost and every stage clones an S² tensor. While `captured_attention` is active,
+transformers' own registries (`AttentionInterface`, `AttentionMaskInterface`) give one `autoparallel::attention` node a
+layer with the 2-D padding beside it. A mask or an attention that this op cannot express (ALiBi, chunks, sinks) marks
+the recording, and capture falls back to eager.
 """
 
 from __future__ import annotations
@@ -57,7 +58,14 @@ def attention(
 
 @attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, window: int, softcap: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    dropout: float,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
@@ -104,13 +112,17 @@ def _attention_layer(
     return out, None
 
 
-def _mask(*args: Any, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **other: Any) -> Tensor | None:
+def _mask(
+    *args: Any, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **other: Any
+) -> Tensor | None:
     """What transformers calls in place of its sdpa mask: the 2-D padding, tagged with the window it stands for."""
     recording = _recording.get()
     assert recording is not None, "the captured mask is only reachable while a capture runs"
     window = _causal_window(mask_function, other.get("config"))
     if window is None:
-        recording.refuse(f"the mask {getattr(mask_function, '__qualname__', mask_function)!s} is neither causal nor a sliding window")
+        recording.refuse(
+            f"the mask {getattr(mask_function, '__qualname__', mask_function)!s} is neither causal nor a sliding window"
+        )
         window = 0
     return None if attention_mask is None else padding_mask(attention_mask, window)
 
@@ -122,7 +134,9 @@ def _causal_window(mask_function: Callable[..., Any], config: Any) -> int | None
         size = getattr(config, name, None)
         if isinstance(size, int) and size > 0:
             sizes.add(size)
-    probes = sorted({p for size in sizes for p in (0, 1, 2, 3, 7, size - 1, size, size + 1, 2 * size, 2 * size + 1) if p >= 0})
+    probes = sorted(
+        {p for size in sizes for p in (0, 1, 2, 3, 7, size - 1, size, size + 1, 2 * size, 2 * size + 1) if p >= 0}
+    )
     try:
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # on real tensors, unseen by the tracer
             positions = torch.tensor(probes)
@@ -137,7 +151,9 @@ def _causal_window(mask_function: Callable[..., Any], config: Any) -> int | None
 
 @contextmanager
 def captured_attention() -> Iterator[Recording]:
-    """Route transformers' attention and masks to the ops above while a model is traced with `_attn_implementation="autoparallel"`."""
+    """Route transformers' attention and masks to the ops above while a model is traced with
+    `_attn_implementation="autoparallel"`.
+    """
     AttentionInterface.register(NAME, _attention_layer)
     AttentionMaskInterface.register(NAME, _mask)
     recording = Recording()

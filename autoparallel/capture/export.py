@@ -1,8 +1,9 @@
 """HF causal LM -> fx program of its training forward (labels -> loss, logits), symbolic in batch and sequence.
 
 The model is never run and its weights are never touched: torch.export traces a twin whose parameters are fake tensors.
-Inputs of the program: input_ids, attention_mask, labels [batch, seq] and num_items [], the global count of targets by which the
-summed loss is divided, so that the losses of micro-batches and data-parallel ranks add up to the loss of the whole batch.
+Inputs of the program: input_ids, attention_mask, labels [batch, seq] and num_items [], the global count of targets by
+which the summed loss is divided, so that the losses of micro-batches and data-parallel ranks add up to the loss of the
+whole batch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class _TrainingForward(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, num_items_in_batch=num_items
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            use_cache=False,
+            num_items_in_batch=num_items,
         )
         return out.loss, out.logits
 
@@ -55,7 +60,8 @@ class Exported:
 def export_training_forward(model: Any, *, dtype: torch.dtype | None = None) -> Exported:
     """Trace `model` (an HF model, real or on meta, a config, or a path to one).
 
-    `dtype` is the compute dtype; None keeps the model's. Raises `CaptureError` naming the op and the line of the model's code.
+    `dtype` is the compute dtype; None keeps the model's. Raises `CaptureError` naming the op and the line of the
+    model's code.
     """
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     twin = fake_twin(model, fake_mode=fake_mode, dtype=dtype)
@@ -107,7 +113,8 @@ def _copy_with_fake_tensors(model: nn.Module, dtype: torch.dtype | None) -> nn.M
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         floating = tensor.dtype.is_floating_point
-        # Buffers keep their dtype under a compute dtype of our choice, as `from_pretrained(dtype=...)` keeps rotary tables in fp32.
+        # Buffers keep their dtype under a compute dtype of our choice, as `from_pretrained(dtype=...)` keeps rotary
+        # tables in fp32.
         wanted = dtype if dtype is not None and floating and isinstance(tensor, nn.Parameter) else tensor.dtype
         fake = torch.empty(tensor.shape, dtype=wanted, device="cpu")
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
@@ -129,7 +136,10 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
         inputs = {**tokens, "num_items": torch.ones((), dtype=torch.long)}
     # The fallback serves models that slice tables of a fixed length, so there the length is a bound of the program.
     longest = getattr(getattr(twin, "config", None), "max_position_embeddings", None) if attention == "eager" else None
-    dims = {0: torch.export.Dim("batch", min=1, max=1 << 20), 1: torch.export.Dim("seq", min=2, max=(longest - 1) if longest else 1 << 24)}
+    dims = {
+        0: torch.export.Dim("batch", min=1, max=1 << 20),
+        1: torch.export.Dim("seq", min=2, max=(longest - 1) if longest else 1 << 24),
+    }
     shapes = {name: (dims if name != "num_items" else None) for name in INPUTS}
     try:
         program = torch.export.export(_TrainingForward(twin), (), inputs, strict=False, dynamic_shapes=shapes)
@@ -149,9 +159,11 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
 
 
 def _check_symbolic(module: fx.GraphModule, model_name: str) -> None:
-    """A forward that pins a dim gives a program that is right for the traced size only, without a word from torch.export."""
+    """A forward that pins a dim gives a program that is right for the traced size only, without a word from
+    torch.export.
+    """
     output = next(node for node in module.graph.nodes if node.op == "output")
-    for node in (_placeholder(module, "input_ids"), output.args[0][1]):  # type: ignore[index]
+    for node in (_placeholder(module, "input_ids"), output.args[0][1]):
         sizes = node.meta["val"].shape[:2]
         if any(isinstance(size, int) or not size.node.expr.is_Symbol for size in sizes):
             raise CaptureError(
@@ -241,7 +253,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} cannot be captured: {lines[0] if lines else type(error).__name__}",
         why=f"at {where}" if where else type(error).__name__,
-        remedy="keep Python control flow of the forward independent of tensor values, and its operators traceable by torch.export",
+        remedy="keep Python control flow independent of tensor values, and operators traceable by torch.export",
     )
 
 

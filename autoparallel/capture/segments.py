@@ -1,7 +1,8 @@
-"""fx program -> which segment each node belongs to, found from structure: the module list with the most parameters holds the blocks.
+"""fx program -> which segment each node belongs to, found from structure: the module list with the most parameters
+holds the blocks.
 
-Every run of nodes inside one member of that list is a block, so a list member that is called twice makes two segments. Nodes
-without a parameter or a random number in their ancestry are free (None): recomputed where needed, never sent.
+Every run of nodes inside one member of that list is a block, so a list member that is called twice makes two segments.
+Nodes without a parameter or a random number in their ancestry are free (None): recomputed where needed, never sent.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def free_nodes(module: fx.GraphModule) -> set[fx.Node]:
     for node in module.graph.nodes:
         if node.op == "output" or (node.op == "get_attr" and str(node.target) in parameters):
             continue
-        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        random = (
+            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        )
         if not random and all(parent in free for parent in node.all_input_nodes):
             free.add(node)
     return free
@@ -58,8 +61,8 @@ def assign_segments(module: fx.GraphModule, model: nn.Module) -> tuple[Segments,
             latest[node] = fixed[node]
     segments: Segments = dict.fromkeys(free)
     for node in nodes:
-        # What hangs on the embeddings alone stays in front; everything else, weights reshaped for later use among it, goes as
-        # late as its users allow.
+        # What hangs on the embeddings alone stays in front; everything else, weights reshaped for later use among it,
+        # goes as late as its users allow.
         in_front = earliest[node] == 0 and node in fed
         segments[node] = fixed[node] if node in fixed else (0 if in_front else latest[node])
     return segments, last + 1

@@ -1,7 +1,7 @@
 """Graph + cost table -> Workload: every segment's time, traffic and memory at each micro-batch size.
 
-The graph is the input and there is no formula for any family: an op costs its executed FLOPs and the bytes it reads and writes, forward and
-backward each on their own. Views cost nothing.
+The graph is the input and there is no formula for any family: an op costs its executed FLOPs and the bytes it reads
+and writes, forward and backward each on their own. Views cost nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ LOOKUPS = {"aten.embedding.default", "aten.index.Tensor", "aten.index_select.def
 
 
 def precision(flavor: Flavor, *, dtype: str, model_dtype: str) -> Precision:
-    """`"auto"`: bf16 compute with fp32 masters and gradients on GPUs, the model's own dtype on CPU. AdamW keeps two moments a master."""
+    """`"auto"`: bf16 compute with fp32 masters and gradients on GPUs, the model's own dtype on CPU. AdamW keeps two
+    moments a master.
+    """
     mixed = dtype == "auto" and not flavor.is_cpu and model_dtype == "float32"
     compute = "bfloat16" if mixed else (model_dtype if dtype == "auto" else dtype)
     master = "float32" if mixed or (compute in ("bfloat16", "float16") and model_dtype == "float32") else compute
@@ -130,7 +132,9 @@ def _backward_s(op: Op, counted: Flops, table: CostTable, *, batch: int, seq: in
     kernels = sum(op.inputs[i].requires_grad for i in contracted_inputs(op)) if kind == "matmul" else 1
     if kernels == 0:
         return 0.0
-    one = kernel_s(table, kind=kind, flops=counted.executed_backward / kernels, moved_bytes=moved / kernels, dtype=_dtype(op))
+    one = kernel_s(
+        table, kind=kind, flops=counted.executed_backward / kernels, moved_bytes=moved / kernels, dtype=_dtype(op)
+    )
     return kernels * one
 
 
@@ -149,7 +153,9 @@ def _forward_bytes(op: Op, *, batch: int, seq: int) -> int:
 
 
 def _backward_bytes(op: Op, *, batch: int, seq: int) -> int:
-    """The output's gradient and the saved tensors read, the inputs' gradients written; a lookup's gradient is a dense table."""
+    """The output's gradient and the saved tensors read, the inputs' gradients written; a lookup's gradient is a dense
+    table.
+    """
     incoming = sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in op.outputs)
     kept = {s.storage: s.size_bytes(batch=batch, seq=seq) for s in op.saved}
     outgoing = sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in op.inputs if tensor.requires_grad)
@@ -157,9 +163,13 @@ def _backward_bytes(op: Op, *, batch: int, seq: int) -> int:
 
 
 def _saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> int:
-    """Distinct storages that autograd keeps, made by these segments' own ops: parameters, inputs and free tensors are held anyway."""
+    """Distinct storages that autograd keeps, made by these segments' own ops: parameters, inputs and free tensors are
+    held anyway.
+    """
     made = {op.name for op in ops} | {f"{op.name}:{i}" for op in ops for i in range(len(op.saved))}
-    kept = {s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage in made - entering}
+    kept = {
+        s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage in made - entering
+    }
     windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < int(op.attribute("window", "0")) < seq)
     return sum(kept.values()) + windowed
 

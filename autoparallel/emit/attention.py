@@ -1,4 +1,6 @@
-"""What `autoparallel::attention` is lowered to: causal flash attention where nothing is padded or windowed, masked sdpa elsewhere."""
+"""What `autoparallel::attention` is lowered to: causal flash attention where nothing is padded or windowed, masked
+sdpa elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,19 @@ class Attention(nn.Module):
         return seen[None, None] if padding is None else seen[None, None] & padding[:, None, None, :]
 
     def capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Scores squashed by `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); no fused kernel does that."""
+        """Scores squashed by `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); no fused kernel does
+        that.
+        """
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         scores = self.softcap * torch.tanh(query @ key.transpose(2, 3) * (self.scale / self.softcap))
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        weights = torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        weights = torch.softmax(
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min),
+            -1,
+            dtype=torch.promote_types(scores.dtype, torch.float32),
+        )
         return F.dropout(weights.to(value.dtype), dropout) @ value
 
     def extra_repr(self) -> str:

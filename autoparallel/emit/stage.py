@@ -1,7 +1,8 @@
-"""Program + StagePlan -> one fx GraphModule: a graph of block GraphModules, so that recomputation and sharding apply per block.
+"""Program + StagePlan -> one fx GraphModule: a graph of block GraphModules, so that recomputation and sharding apply
+per block.
 
-Free nodes (masks, positions, rotary tables, sizes) are computed at the top of every stage that needs them; blocks take them as
-arguments. Attention and dropout become submodules that follow `train()` and `eval()`.
+Free nodes (masks, positions, rotary tables, sizes) are computed at the top of every stage that needs them; blocks take
+them as arguments. Attention and dropout become submodules that follow `train()` and `eval()`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Recomputed(nn.Module):
 
 
 def emit_stage(program: Program, stage: StagePlan, tensors: Tensors) -> fx.GraphModule:
-    """The module of one stage: takes the hidden states of the one before it and `INPUTS`; returns what the next one takes.
+    """The module of one stage: takes the hidden states of the one before it and `INPUTS`; returns what the next one
+    takes.
 
     The last stage returns (loss, logits), the loss being its micro-batch's share of the whole batch's loss.
     """
@@ -169,7 +171,9 @@ class _BlockEmitter:
         return self.module(node, module, (self.value(query), self.value(key), self.value(value), padding))  # type: ignore[arg-type]
 
     def padding(self, node: fx.Node) -> fx.Node:
-        """The stage's `padding` input where the model's padding is just the attention mask, so that None reaches the fast path."""
+        """The stage's `padding` input where the model's padding is just the attention mask, so that None reaches the
+        fast path.
+        """
         if not self.stage.padding_source(node):
             return self.value(node)
         source = self.stage.inputs["padding"]
@@ -212,7 +216,11 @@ def state_tensors(model: nn.Module, program: Program) -> Mapping[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors.update(model.named_buffers(remove_duplicate=False))
     for node in program.module.graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in program.parameter_names and program.buffer_name(str(node.target)) is None:
+        if (
+            node.op == "get_attr"
+            and str(node.target) not in program.parameter_names
+            and program.buffer_name(str(node.target)) is None
+        ):
             constant = attrgetter(str(node.target))(program.module)
             if isinstance(constant, Tensor):
                 tensors[str(node.target)] = constant

@@ -1,8 +1,9 @@
 """The graph of one training step: a networkx DAG whose nodes are ops with symbolic shapes, grouped into segments.
 
-Segment 0 holds what comes before the first repeated block (embeddings), the last what comes after the last block (norm, head, loss).
-Equal blocks share a class. `free` ops depend on no parameter and draw no random number (masks, positions, rotary tables, sizes): they
-belong to no segment and are computed again wherever they are needed, so that only hidden states cross a stage cut.
+Segment 0 holds what comes before the first repeated block (embeddings), the last what comes after the last block
+(norm, head, loss). Equal blocks share a class. `free` ops depend on no parameter and draw no random number (masks,
+positions, rotary tables, sizes): they belong to no segment and are computed again wherever they are needed, so that
+only hidden states cross a stage cut.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import networkx as nx
 from autoparallel.ir.dims import Dim, Shape, numel
 
 DTYPE_BYTES = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8, "complex128": 16,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "complex64": 8, "complex128": 16, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The op table: each contraction once, as an einsum; its FLOPs follow from the line.
 
-Everything that is not listed moves bytes and contracts nothing. FLOPs are counted as torch.utils.flop_counter counts them (2 per
-multiply-add, matmuls and attention only) beside the FLOPs a causal kernel really executes.
+Everything that is not listed moves bytes and contracts nothing. FLOPs are counted as torch.utils.flop_counter counts
+them (2 per multiply-add, matmuls and attention only) beside the FLOPs a causal kernel really executes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ATTENTION = "autoparallel.attention.default"
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """FLOPs of one op: `forward`, `backward` as counted, `executed_*` as a causal, windowed, recomputing (flash) kernel runs them."""
+    """FLOPs of one op: `forward`, `backward` as counted, `executed_*` as a causal, windowed, recomputing (flash)
+    kernel runs them.
+    """
 
     forward: int = 0
     backward: int = 0
@@ -60,7 +62,9 @@ def contracted_inputs(op: Op) -> tuple[int, ...]:
 
 
 def _attention_flops(op: Op, *, batch: int, seq: int) -> Flops:
-    """Scores and values, each [seq, seq] a head; backward of flash recomputes the scores: five contractions for two (arXiv 2307.08691)."""
+    """Scores and values, each [seq, seq] a head; backward of flash recomputes the scores: five contractions for two
+    (arXiv 2307.08691).
+    """
     query, _, value = op.inputs[:3]
     rows, heads, length, head_dim = (evaluate(dim, batch=batch, seq=seq) for dim in query.shape)
     value_dim = evaluate(value.shape[3], batch=batch, seq=seq)

@@ -37,7 +37,9 @@ class Estimate(Schema):
     step_time_s: float
     tokens_per_second: float
     mfu: float
-    """Model FLOPs (no recomputation, attention uncut by causality) over peak FLOPs of all devices (PaLM, arXiv 2204.02311)."""
+    """Model FLOPs (no recomputation, attention uncut by causality) over peak FLOPs of all devices (PaLM, arXiv
+    2204.02311).
+    """
     breakdown_s: Breakdown
     stages: tuple[StageEstimate, ...]
 

@@ -16,7 +16,8 @@ RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
 class StagePlan(Schema):
     """One pipeline stage: the segments `first_segment .. last_segment` of the graph, both included.
 
-    Segment 0 is what comes before the first repeated block (embedding), the last is what comes after the last one (norm, head, loss).
+    Segment 0 is what comes before the first repeated block (embedding), the last is what comes after the last one
+    (norm, head, loss).
     """
 
     first_segment: int = Field(ge=0)
@@ -28,8 +29,8 @@ class Strategy(Schema):
     """One named way to parallelise. `num_stages × tensor_parallel × data_parallel` devices;
     `data_parallel × batch_per_device × num_micro_batches` rows a step.
 
-    `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too, reduced after
-    every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
+    `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too,
+    reduced after every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
     """
 
     num_stages: int = Field(default=1, ge=1)
@@ -72,9 +73,9 @@ Auto = Literal["auto"]
 class Constraints(Schema):
     """What the user fixes; `"auto"` leaves a choice open. A value narrows the search, it never bypasses it.
 
-    `num_stages` is the largest number of stages; `pipeline_parallel=False` allows one. `distribute_parameter` takes True (any level
-    from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (selective or full), False, or a name.
-    `memory_ratio` is the share of each device's memory the plan may use.
+    `num_stages` is the largest number of stages; `pipeline_parallel=False` allows one. `distribute_parameter` takes
+    True (any level from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (selective or
+    full), False, or a name. `memory_ratio` is the share of each device's memory the plan may use.
     """
 
     pipeline_parallel: bool = True

@@ -39,7 +39,7 @@ class Batch:
         return self.input_ids.shape[1]
 
     def filled_to(self, rows: int) -> Batch:
-        """The batch with rows appended whose labels are all ignored: they add nothing to the loss or to any gradient."""
+        """The batch with rows appended whose labels are all ignored: they add nothing to loss or gradients."""
         missing = rows - self.rows
         if missing == 0:
             return self
@@ -50,7 +50,9 @@ class Batch:
         labels = None
         if self.labels is not None:
             labels = torch.cat([self.labels, self.labels.new_full((missing, self.seq_len), IGNORED)])
-        return replace(self, input_ids=extend(self.input_ids), attention_mask=extend(self.attention_mask), labels=labels)
+        return replace(
+            self, input_ids=extend(self.input_ids), attention_mask=extend(self.attention_mask), labels=labels
+        )
 
     def micro_batch(self, start: int, rows: int) -> dict[str, Tensor]:
         """Keyword inputs of the stages for rows `start .. start + rows`."""
@@ -87,7 +89,7 @@ def agree_on_batch(
         elif labels is not None:
             divisor = (labels[:, 1:] != IGNORED).sum().to("cpu", torch.float64)
     dist.broadcast(header, src=0)
-    rows, seq, has_labels, padded, seed = (int(value) for value in header)
+    rows, seq, has_labels, has_padding, seed = (int(value) for value in header)
     if dist.get_rank() != 0:
         payload = torch.empty(2 + has_labels, rows, seq, dtype=torch.int64)
     dist.broadcast(payload, src=0)
@@ -98,13 +100,15 @@ def agree_on_batch(
         attention_mask=tokens[1],
         labels=tokens[2] if has_labels else None,
         num_items=divisor.to(torch.int64).to(device) if float(divisor).is_integer() else divisor.to(device),
-        padded=bool(padded),
+        padded=bool(has_padding),
         seed=seed,
     )
 
 
 def _payload(parts: list[Tensor]) -> Tensor:
-    """[tensors, rows, seq], in the one dtype that every rank's receive buffer has: gloo does not compare dtypes, it copies bytes."""
+    """[tensors, rows, seq], in the one dtype that every rank's receive buffer has: gloo does not compare dtypes, it
+    copies bytes.
+    """
     return torch.stack([part.to("cpu", torch.int64) for part in parts])
 
 

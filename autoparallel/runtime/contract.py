@@ -1,7 +1,8 @@
 """torch's own functions that look at all gradients at once, made to see the whole model instead of this rank's piece.
 
-`clip_grad_norm_` would clip by the local norm and `GradScaler` would skip a step on one rank only: wrong numbers, no error. Both are
-mended where they look their helper up at call time, so a function that the user imported early is mended too.
+`clip_grad_norm_` would clip by the local norm and `GradScaler` would skip a step on one rank only: wrong numbers, no
+error. Both are mended where they look their helper up at call time, so a function that the user imported early is
+mended too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def _weights_of_ours() -> dict[int, bool]:
 def _global_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(original)
     def total_norm(
-        tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+        tensors: Tensor | Iterable[Tensor],
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         weights = _weights_of_ours()
@@ -117,10 +121,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
     name = type(optimizer).__name__
     bases = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
     if _GLOBAL & bases and dist.get_world_size() > 1:
-        raise ContractError(f"{name} needs every gradient in one place", remedy="use a first-order optimizer such as AdamW")
+        raise ContractError(
+            f"{name} needs every gradient in one place", remedy="use a first-order optimizer such as AdamW"
+        )
     if any(parameters.sharded for parameters in touched) and not (_ELEMENTWISE & bases):
         raise ContractError(
             f"{name} may look at a whole matrix, but the plan shards parameters",
             why="its update of a shard would differ from its update of the whole tensor, silently",
-            remedy="add distribute_parameter=False to the constraints, or use one of " + ", ".join(sorted(_ELEMENTWISE)),
+            remedy="add distribute_parameter=False to the constraints, or use one of "
+            + ", ".join(sorted(_ELEMENTWISE)),
         )

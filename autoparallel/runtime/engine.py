@@ -1,4 +1,6 @@
-"""Program + plan on this rank: placed parameters, the emitted stage, and the two things a loop asks for: a training step, an evaluation."""
+"""Program + plan on this rank: placed parameters, the emitted stage, and the two things a loop asks for: a training
+step, an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ class Engine:
         strategy = plan.strategy
         assert strategy.stages is not None
         self.plan, self.strategy, self.device = plan, strategy, device
-        self.mesh = Mesh.create(num_stages=strategy.num_stages, data_parallel=strategy.data_parallel, device_type=device.type)
+        self.mesh = Mesh.create(
+            num_stages=strategy.num_stages, data_parallel=strategy.data_parallel, device_type=device.type
+        )
         constants = state_tensors(model, program)
-        stage_of_segment = [i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)]
+        stage_of_segment = [
+            i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)
+        ]
         sharded = strategy.distribute_param > 0
         self.parameters = place(model, program.graph.parameters, stage_of_segment, self.mesh, sharded=sharded)
         leaves = make_leaves(self.parameters)
@@ -51,7 +57,9 @@ class Engine:
         self._watch = watch(self.parameters)
 
     def train(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's gradient."""
+        """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's
+        gradient.
+        """
         batch = batch.filled_to(self._rows_for(batch.rows))
         for p in self.parameters.placed:
             if p.leaf is not None:
@@ -108,8 +116,9 @@ class Engine:
 
     @contextmanager
     def _own_random_stream(self, seed: int) -> Iterator[None]:
-        """Dropout draws from a stream of this rank (replicas see other rows), derived from the user's seed; the user's own stream,
-        which orders the data, is left where it was."""
+        """Dropout draws from a stream of this rank (replicas see other rows), derived from the user's seed; the user's
+        own stream, which orders the data, is left where it was.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._random_seed != seed:

@@ -1,4 +1,6 @@
-"""Which rank holds which stage, and the process groups between them. rank = stage × data_parallel + data-parallel index."""
+"""Which rank holds which stage, and the process groups between them. rank = stage × data_parallel + data-parallel
+index.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Mesh:
     @classmethod
     def create(cls, *, num_stages: int, data_parallel: int, device_type: str) -> Mesh:
         axes = ("pp", "dp_shard")
-        return cls(init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=axes), num_stages, data_parallel)
+        return cls(
+            init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=axes), num_stages, data_parallel
+        )
 
     @property
     def stage(self) -> int:

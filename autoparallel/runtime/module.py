@@ -1,7 +1,9 @@
-"""ParallelModule: the user's own model object, whose forward is the emitted program. The loop around it stays that of one device.
+"""ParallelModule: the user's own model object, whose forward is the emitted program. The loop around it stays that of
+one device.
 
-`forward(labels=...)` runs the whole schedule, backward passes included; `loss.backward()` deposits the gradients, so accumulation and
-`(loss * k).backward()` are autograd's own. Every rank returns the same loss. Parameters keep their names and their identity.
+`forward(labels=...)` runs the whole schedule, backward passes included; `loss.backward()` deposits the gradients, so
+accumulation and `(loss * k).backward()` are autograd's own. Every rank returns the same loss. Parameters keep their
+names and their identity.
 """
 
 from __future__ import annotations
@@ -68,7 +70,11 @@ class ParallelModule:
                 remedy="pass labels=, with -100 where a token is to be ignored; for inference use torch.no_grad()",
             )
         batch = agree_on_batch(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, num_items=num_items_in_batch, device=state.device
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            num_items=num_items_in_batch,
+            device=state.device,
         )
         if state.engine is None and not (wants_gradients and labels is not None):
             return self._evaluate_unplaced(batch, return_dict)
@@ -84,10 +90,18 @@ class ParallelModule:
         return output.to_tuple() if return_dict is False else output
 
     def _evaluate_unplaced(self, batch: Batch, return_dict: bool | None) -> Any:
-        """Before the first training step there is no plan and every rank holds the whole model: it evaluates rank 0's batch itself."""
+        """Before the first training step there is no plan and every rank holds the whole model: it evaluates rank 0's
+        batch itself.
+        """
         forward = super().forward  # type: ignore[misc]
         mask = batch.attention_mask
-        return forward(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels, use_cache=False, return_dict=return_dict)
+        return forward(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            labels=batch.labels,
+            use_cache=False,
+            return_dict=return_dict,
+        )
 
     @property
     def parallel_plan(self) -> Plan:
@@ -95,7 +109,9 @@ class ParallelModule:
         return self._placed_engine("parallel_plan").plan
 
     def gradient(self, name: str) -> Tensor | None:
-        """The whole gradient of the parameter called `name`, on every rank; call it on all ranks, as the loop does everything."""
+        """The whole gradient of the parameter called `name`, on every rank; call it on all ranks, as the loop does
+        everything.
+        """
         engine = self._placed_engine("gradient")
         placed = {p.name: p for p in engine.parameters.placed}
         return engine.parameters.full_gradient(placed[name])
@@ -120,7 +136,9 @@ class ParallelModule:
 
     def _placed_engine(self, what: str) -> Engine:
         if self._parallel.engine is None:
-            raise ContractError(f"{what}() before the first training step", why="the plan is made there", remedy="run a step first")
+            raise ContractError(
+                f"{what}() before the first training step", why="the plan is made there", remedy="run a step first"
+            )
         return self._parallel.engine
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +178,11 @@ class ParallelModule:
                 failure = [f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
-            raise WorkerError(f"rank 0 could not save to {save_directory}", why=failure[0], remedy="free space or choose another folder")
+            raise WorkerError(
+                f"rank 0 could not save to {save_directory}",
+                why=failure[0],
+                remedy="free space or choose another folder",
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.cuda()` and `.to()` place parameters freely until the plan does; afterwards only a no-op is allowed."""
@@ -191,10 +213,14 @@ class _State:
 
 
 def parallelize(model: nn.Module, start: EngineFactory, *, device: torch.device) -> nn.Module:
-    """Give `model` the parallel forward, in place, by a subclass of its class under the same name (checkpoints record the name)."""
+    """Give `model` the parallel forward, in place, by a subclass of its class under the same name (checkpoints record
+    the name).
+    """
     cls = type(model)
     model.__dict__["_parallel"] = _State(start, device)
-    model.__class__ = type(cls.__name__, (ParallelModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    model.__class__ = type(
+        cls.__name__, (ParallelModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
     return model
 
 
@@ -210,7 +236,9 @@ class _Deposit(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise ContractError("backward() a second time on one loss", why="its gradients were handed over the first time")
+            raise ContractError(
+                "backward() a second time on one loss", why="its gradients were handed over the first time"
+            )
         for gradient in gradients:
             gradient.mul_(grad_output.to(gradient.dtype))
         return (None, None, *gradients)
@@ -220,14 +248,22 @@ def _check_inputs(input_ids: Tensor | None, use_cache: bool | None, other: Mappi
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ContractError(
             "the model is called under autocast",
-            why="forward and backward of all micro-batches run inside this call, and backward must not run under autocast",
+            why="all micro-batches run backward inside this call, and backward must not run under autocast",
             remedy="load the model in the dtype you want instead: from_pretrained(..., dtype=torch.bfloat16)",
         )
     if input_ids is None:
-        raise ContractError("the model is called without input_ids", remedy="pass input_ids=, attention_mask= and labels=")
-    given = {name: value for name, value in other.items() if value is not None and value is not False and name != "logits_to_keep"}
+        raise ContractError(
+            "the model is called without input_ids", remedy="pass input_ids=, attention_mask= and labels="
+        )
+    given = {
+        name: value
+        for name, value in other.items()
+        if value is not None and value is not False and name != "logits_to_keep"
+    }
     positions = given.pop("position_ids", None)
-    if positions is not None and not torch.equal(positions.expand_as(input_ids), torch.arange(input_ids.shape[1]).expand_as(input_ids)):
+    if positions is not None and not torch.equal(
+        positions.expand_as(input_ids), torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    ):
         given["position_ids"] = positions
     given.pop("cache_position", None)
     if use_cache and "past_key_values" in given:
@@ -241,7 +277,9 @@ def _check_inputs(input_ids: Tensor | None, use_cache: bool | None, other: Mappi
 
 
 def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, keep: bool) -> None:
-    """Replace this rank's pieces in a state dict by whole tensors; where `keep` is False they are gathered and dropped."""
+    """Replace this rank's pieces in a state dict by whole tensors; where `keep` is False they are gathered and
+    dropped.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -263,4 +301,3 @@ def _whole_shapes(engine: Engine) -> Any:
     finally:
         for p in engine.parameters.placed:
             p.master.data = pieces[p.name]
-

@@ -1,8 +1,9 @@
-"""Parameters in two roles. *Masters* are the user's own Parameter objects: their identity never changes, so an optimizer made before or
-after the plan steps them; a rank holds only its piece of each (all, a shard, or nothing). *Leaves* are what the stage computes with; they
-share the masters' storage, so an optimizer step needs no copy.
+"""Parameters in two roles. *Masters* are the user's own Parameter objects: their identity never changes, so an
+optimizer made before or after the plan steps them; a rank holds only its piece of each (all, a shard, or nothing).
+*Leaves* are what the stage computes with; they share the masters' storage, so an optimizer step needs no copy.
 
-torch's fully_shard makes new parameters, which would leave an early optimizer stepping stale ones; here it may do so with the leaves.
+torch's fully_shard makes new parameters, which would leave an early optimizer stepping stale ones; here it may do so
+with the leaves.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Placed:
     """What this rank's stage computes with; None where the stage does not use it."""
 
     def gradient(self) -> Tensor:
-        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is no leaf."""
+        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is
+        no leaf.
+        """
         if self.leaf is None:
             return self.master.new_zeros(self.master.shape)
         grad, self.leaf.grad = self.leaf.grad, None
@@ -105,7 +108,7 @@ class Parameters:
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
-    """This rank's piece of `value`, cut as `like` is (fully_shard cuts dim 0 into even chunks, the last ones shorter)."""
+    """This rank's piece of `value`, cut as `like` is: fully_shard cuts dim 0 into even chunks, the last ones shorter."""
     chunks = value.chunk(like.device_mesh.size(), dim=0)
     index = like.device_mesh.get_local_rank()
     return chunks[index] if index < len(chunks) else value[:0]
@@ -114,7 +117,12 @@ def distribute(value: Tensor, like: DTensor) -> Tensor:
 def like(piece: Tensor, template: DTensor) -> DTensor:
     """`piece` as the local tensor of a DTensor laid out as `template`."""
     return DTensor.from_local(
-        piece, template.device_mesh, template.placements, run_check=False, shape=template.shape, stride=template.stride()
+        piece,
+        template.device_mesh,
+        template.placements,
+        run_check=False,
+        shape=template.shape,
+        stride=template.stride(),
     )
 
 
@@ -122,8 +130,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place(model: nn.Module, table: tuple[Parameter, ...], stage_of_segment: list[int], mesh: Mesh, *, sharded: bool) -> Parameters:
-    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded init differs."""
+def place(
+    model: nn.Module, table: tuple[Parameter, ...], stage_of_segment: list[int], mesh: Mesh, *, sharded: bool
+) -> Parameters:
+    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded
+    init differs.
+    """
     by_name = {p.name: p for p in table}
     placed = []
     for name, master in model.named_parameters():
@@ -149,12 +161,13 @@ def make_leaves(parameters: Parameters) -> dict[str, nn.Parameter]:
 
 
 def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
-    """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's shards.
+    """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
+    shards.
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
     """
     mesh = parameters.mesh.device_mesh["dp_shard"]
-    options = {"mesh": mesh, "reshard_after_forward": distribute_param == 3}
+    give_back = distribute_param == 3
     owners: dict[int, int] = {}
     children = [child for child in stage.children() if any(True for _ in child.parameters())]
     for child in children:
@@ -163,9 +176,10 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
     leaf_names = {id(p.leaf): p for p in parameters.placed if p.leaf is not None}
     for child in children:
         if all(owners[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, **options)
-    fully_shard(stage, **options)
-    # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at all.
+            fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
+    fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+    # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
+    # all.
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -180,7 +194,7 @@ def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
         if p.leaf is not None:
             leaf = by_name[p.name]
             assert isinstance(leaf, DTensor)
-            p.leaf = leaf  # type: ignore[assignment]
+            p.leaf = leaf
             p.master.data = leaf.to_local().detach()
             p.master.grad = None
 
@@ -198,7 +212,11 @@ def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup, bucke
     bucket: list[Tensor] = []
     size = 0
     for tensor in [*tensors, None]:
-        full = tensor is None or size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0].dtype if bucket else tensor is None
+        full = (
+            tensor is None or size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0].dtype
+            if bucket
+            else tensor is None
+        )
         if full and bucket:
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat, group=group)

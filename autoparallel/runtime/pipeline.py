@@ -1,7 +1,8 @@
-"""One rank's stage at work: a training step through torch's pipeline schedules, or through a plain loop when there is one stage.
+"""One rank's stage at work: a training step through torch's pipeline schedules, or through a plain loop when there is
+one stage.
 
-All contact with the private parts of torch.distributed.pipelining is in this file. Losses are sums over the global count of targets, so
-micro-batches and replicas add up and nothing is scaled by a number of micro-batches.
+All contact with the private parts of torch.distributed.pipelining is in this file. Losses are sums over the global
+count of targets, so micro-batches and replicas add up and nothing is scaled by a number of micro-batches.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class Pipeline:
         schedule._stage.clear_runtime_states()
         targets = [m["labels"] for m in micro_batches] if self.is_last else None
         schedule._step_microbatches(
-            [()] * len(micro_batches), list(micro_batches), targets, losses if self.is_last else None, return_outputs=False
+            [()] * len(micro_batches),
+            list(micro_batches),
+            targets,
+            losses if self.is_last else None,
+            return_outputs=False,
         )
         return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
 
@@ -67,7 +72,9 @@ class Pipeline:
         return torch.stack(losses).sum()
 
     def _set_sharding(self, *, last: bool) -> None:
-        """Level 1 reduces gradients after the last micro-batch, 2 and 3 after each; only 3 gives parameters back in between."""
+        """Level 1 reduces gradients after the last micro-batch, 2 and 3 after each; only 3 gives parameters back in
+        between.
+        """
         if isinstance(self.stage, FSDPModule):
             level = self.strategy.distribute_param
             self.stage.set_is_last_backward(last)
@@ -98,7 +105,9 @@ class Pipeline:
         return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
 
     def _schedule(self, num_micro_batches: int, rows: int, seq: int) -> Any:
-        """One schedule per batch shape: its receive buffers have fixed sizes. Shapes come from the graph, none is inferred at run time."""
+        """One schedule per batch shape: its receive buffers have fixed sizes. Shapes come from the graph, none is
+        inferred at run time.
+        """
         key = (num_micro_batches, rows * (1 << 32) + seq)
         if key not in self._schedules:
             arguments = [self._empty(spec, rows, seq).requires_grad_(spec.requires_grad) for spec in self.entering]

@@ -1,4 +1,6 @@
-"""From the user's one line to a running engine: launch, patch, and the plan that rank 0 makes at the first step and everyone adopts."""
+"""From the user's one line to a running engine: launch, patch, and the plan that rank 0 makes at the first step and
+everyone adopts.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,16 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
     ensure_launched(flavor)
     plain_call = PreTrainedModel.__call__
     if getattr(plain_call, "_autoparallel", False):
-        raise ConfigError("enable_advanced_parallelization was called twice", remedy="call it once, before training starts")
+        raise ConfigError(
+            "enable_advanced_parallelization was called twice", remedy="call it once, before training starts"
+        )
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         trains = torch.is_grad_enabled() and kwargs.get("labels") is not None
         if trains and not isinstance(self, ParallelModule) and not _is_capturing():
-            compile_model(self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner)
+            compile_model(
+                self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
+            )
         return plain_call(self, *args, **kwargs)
 
     call._autoparallel = True  # type: ignore[attr-defined]
@@ -92,9 +98,16 @@ def engine_factory(
             model.__class__ = parallel
         agree_on_program(program)
         adopted = _agree_on_plan(
-            lambda: plan
-            or planner(
-                program, flavor, batch_size=batch.rows, seq_len=batch.seq_len, model_dtype=model_dtype(model), constraints=constraints
+            lambda: (
+                plan
+                or planner(
+                    program,
+                    flavor,
+                    batch_size=batch.rows,
+                    seq_len=batch.seq_len,
+                    model_dtype=model_dtype(model),
+                    constraints=constraints,
+                )
             )
         )
         engine = Engine(model, program, adopted, device=device)
@@ -124,7 +137,9 @@ def _agree_on_plan(make: Callable[[], Plan]) -> Plan:
     text = message[0]
     if text.startswith('{"error"'):
         failed = json.loads(text)
-        raise getattr(errors, failed["error"], AutoParallelError)(failed["what"], why=failed["why"], remedy=failed["remedy"])
+        raise getattr(errors, failed["error"], AutoParallelError)(
+            failed["what"], why=failed["why"], remedy=failed["remedy"]
+        )
     return Plan.from_json(text)
 
 
@@ -133,7 +148,7 @@ def _check_runnable_dtype(model: nn.Module, dtype: str) -> None:
     if dtype not in ("auto", found):
         raise ConfigError(
             f"the model is {found} and cannot be run in {dtype}",
-            why="the emitted program computes in the dtype its parameters have; separate compute copies are only priced so far",
+            why="the emitted program computes in its parameters' dtype; separate compute copies are only priced so far",
             remedy=f"load the model with dtype=torch.{dtype}",
         )
 

@@ -7,7 +7,7 @@ With `m` micro-batches, `c` a stage's time for one and `e` its once-a-step time 
 since a stage ends that much before stage 0. The sum is the same for every cut; the rest is minimised exactly over all
 contiguous cuts with a block in every stage. As in Alpa (arXiv 2201.12023), bounds on the slowest stage are enumerated
 and a dynamic program finds the best end under each; the walk stops once the bound alone exceeds the best. Among equals
-the most even cut is taken, then the one whose last stages begin earliest.
+the most even cut is taken, then the one whose last stages begin earliest. `polish` goes on from there by simulation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.search.polish import Cuts, Firsts, polish
 from autoparallel.search.ranges import Array, Ranges
 
 Mask = NDArray[np.bool_]
@@ -45,12 +46,19 @@ def find_cuts(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] |
     legal = _has_block(ranges.num_segments, num_stages=strategy.num_stages)
     excess = [ranges.memory_bytes(stage) - capacity_bytes(workload) for stage in range(strategy.num_stages)]
     fits = [legal & (stage_excess <= 0) for stage_excess in excess]
+
+    def all_fit(firsts: Firsts) -> bool:
+        ends = (*firsts[1:], ranges.num_segments)
+        stages = zip(fits, firsts, ends, strict=True)
+        return all(first < end and bool(mask[first, end - 1]) for mask, first, end in stages)
+
+    cuts = Cuts(workload, strategy, all_fit)
     firsts = _fastest(ranges, fits)
     if firsts is not None:
-        return _stage_plans(firsts, workload, strategy)
+        return cuts.plans(polish(cuts, firsts))
     firsts = _partition(excess, [legal] * strategy.num_stages, np.maximum)
     assert firsts is not None, "fewer blocks than stages"
-    stages = _stage_plans(firsts, workload, strategy)
+    stages = cuts.plans(firsts)
     worst = [int(excess[i][plan.first_segment, plan.last_segment]) for i, plan in enumerate(stages)]
     return Shortfall(stage=worst.index(max(worst)), stages=stages, excess_bytes=max(worst))
 
@@ -64,7 +72,7 @@ def _has_block(num_segments: int, *, num_stages: int) -> Mask:
     return legal
 
 
-def _fastest(ranges: Ranges, fits: list[Mask]) -> list[int] | None:
+def _fastest(ranges: Ranges, fits: list[Mask]) -> Firsts | None:
     """First segment of every stage, or None where no cut fits."""
     cost = ranges.micro_batch_ps
     end = ranges.step_ps - ranges.backward_before_ps[:, None]
@@ -100,7 +108,7 @@ def _least_maximum(values: Array, allowed: list[Mask]) -> int | None:
     return None if best[-1] == UNREACHABLE else int(best[-1])
 
 
-def _partition(values: Sequence[Array], allowed: list[Mask], combine: Any) -> list[int] | None:
+def _partition(values: Sequence[Array], allowed: list[Mask], combine: Any) -> Firsts | None:
     """First segment of every stage, of the partition whose combined value is least."""
     before = _sweep(values, allowed, combine)
     if before[-1][-1] == UNREACHABLE:
@@ -110,7 +118,7 @@ def _partition(values: Sequence[Array], allowed: list[Mask], combine: Any) -> li
         through = _through(before[stage], values[stage], allowed[stage], combine)
         end = int(through[:, end - 1].argmin())
         firsts.append(end)
-    return firsts[::-1]
+    return tuple(firsts[::-1])
 
 
 def _sweep(values: Sequence[Array], allowed: list[Mask], combine: Any) -> list[Array]:
@@ -130,11 +138,3 @@ def _through(before: Array, values: Array, mask: Mask, combine: Any) -> Array:
     starts = before[:-1, None]
     through: Array = np.where(mask & (starts < UNREACHABLE), combine(starts, values), UNREACHABLE)
     return through
-
-
-def _stage_plans(firsts: list[int], workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...]:
-    ends = [*firsts[1:], len(workload.segment_classes)]
-    return tuple(
-        StagePlan(first_segment=first, last_segment=end - 1, recomputation=strategy.recomputation)
-        for first, end in zip(firsts, ends, strict=True)
-    )

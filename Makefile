@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: ranks share the cores, and results do not depend on how many there are.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	touch $@
+
+install: $(VENV)/installed ## make .venv with everything
+
+demo: install ## fine-tune SmolLM2-135M on four processes, then the same script on two
+	$(BIN)/python examples/prepare_smollm2.py
+	AUTOPARALLEL_FLAVOR=cpu:4 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu4
+	$(BIN)/python examples/complete.py --model runs/smollm2-cpu4
+	AUTOPARALLEL_FLAVOR=cpu:2 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu2
+
+test: install ## the fast tier of tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install ## every proof, the slow ones too
+	$(BIN)/python -m pytest
+
+check: install ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## rewrite the code in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: install ## build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+.PHONY: help install demo test test-all check format wheel

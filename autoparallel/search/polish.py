@@ -1,0 +1,89 @@
+"""Cuts that a closed form chose in, cuts that the simulator prefers out.
+
+Few cuts are all simulated, so that the result is exact. Of many, those are tried that move one boundary by a segment, as
+long as one of them is faster (Aceso, Liu et al. 2024, polishes its plans in the same way). The closed form is nearly
+exact where there are many micro-batches, which is also where simulating costs most, so that one budget serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from autoparallel.cost.workload import Workload
+from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.search.stage_times import StageSeconds, stage_seconds
+from autoparallel.search.step import run_step
+
+BUDGET_ACTIONS = 20_000
+"""Actions to simulate for one strategy: about 15 ms."""
+
+Firsts = tuple[int, ...]
+"""First segment of every stage."""
+
+
+@dataclass
+class Cuts:
+    """The cuts of one strategy, and what they cost."""
+
+    workload: Workload
+    strategy: Strategy
+    fits: Callable[[Firsts], bool]
+    """Whether each stage has a block and fits into memory."""
+    _seconds: dict[tuple[int, int], StageSeconds] = field(default_factory=dict)
+
+    def plans(self, firsts: Firsts) -> tuple[StagePlan, ...]:
+        ends = (*firsts[1:], len(self.workload.segment_classes))
+        return tuple(
+            StagePlan(first_segment=first, last_segment=end - 1, recomputation=self.strategy.recomputation)
+            for first, end in zip(firsts, ends, strict=True)
+        )
+
+    def step_time_s(self, firsts: Firsts) -> float:
+        plans = self.plans(firsts)
+        strategy = self.strategy.model_copy(update={"stages": plans})
+        return run_step(self.workload, strategy, [self._stage_seconds(plan) for plan in plans]).step_time_s
+
+    def _stage_seconds(self, plan: StagePlan) -> StageSeconds:
+        key = (plan.first_segment, plan.last_segment)
+        if key not in self._seconds:
+            self._seconds[key] = stage_seconds(self.workload, self.strategy, plan)
+        return self._seconds[key]
+
+    def everything(self) -> Iterator[Firsts]:
+        """All cuts with a block in every stage, whether they fit or not."""
+        for rest in combinations(range(2, len(self.workload.segment_classes) - 1), self.strategy.num_stages - 1):
+            yield (0, *rest)
+
+    def neighbours(self, firsts: Firsts) -> Iterator[Firsts]:
+        """One boundary, one segment further back or on."""
+        for stage in range(1, len(firsts)):
+            for step in (-1, 1):
+                yield (*firsts[:stage], firsts[stage] + step, *firsts[stage + 1 :])
+
+
+def polish(cuts: Cuts, firsts: Firsts) -> Firsts:
+    """The fastest of all cuts where they are few, otherwise the best in reach of `firsts`; ties stay where they are."""
+    strategy = cuts.strategy
+    budget = BUDGET_ACTIONS // (2 * strategy.num_stages * strategy.num_micro_batches)
+    if strategy.num_stages == 1:
+        return firsts
+    best, best_s = firsts, cuts.step_time_s(firsts)
+    if math.comb(max(0, cuts.workload.num_blocks - 1), strategy.num_stages - 1) <= budget:
+        for cut in cuts.everything():
+            if cuts.fits(cut) and (step_time_s := cuts.step_time_s(cut)) < best_s:
+                best, best_s = cut, step_time_s
+        return best
+    moved = True
+    while moved:
+        moved = False
+        for cut in cuts.neighbours(best):
+            if budget <= 0 or not cuts.fits(cut):
+                continue
+            budget -= 1
+            if (step_time_s := cuts.step_time_s(cut)) < best_s:
+                best, best_s, moved = cut, step_time_s, True
+                break
+    return best
