@@ -18,7 +18,7 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.plan import ModelSummary, Plan
 from autoparallel.plans.strategy import Constraints, Strategy
-from autoparallel.settings import settings
+from autoparallel.settings import read_settings
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -217,7 +217,7 @@ def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constrai
 
 def _or_setting(flavor: FlavorLike) -> FlavorLike:
     """AUTOPARALLEL_FLAVOR stands in for the default, so that one script serves every cluster."""
-    return settings().flavor or flavor if flavor == "local" else flavor
+    return read_settings().flavor or flavor if flavor == "local" else flavor
 
 
 def _capture(model: Any, flavor: Flavor, dtype: str) -> Program:

@@ -102,7 +102,7 @@ def _segment_cost(
         backward_s=sum(_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)) + accumulate_s,
         recompute_selective_s=sum(forward) - contraction_s,
         saved_bytes=_saved_bytes(ops, entering, **size),
-        saved_selective_bytes=_saved_bytes([op for op in ops if _kind(op) != "memory"], entering, **size),
+        saved_selective_bytes=_contracted_bytes(ops, **size),
         input_bytes=sum(spec.size_bytes(**size) for spec in graph.boundaries[segment]),
         workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
         forward_flops=sum(f.forward for f in counted),
@@ -172,6 +172,18 @@ def _saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> 
     }
     windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < int(op.attribute("window", "0")) < seq)
     return sum(kept.values()) + windowed
+
+
+def _contracted_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+    """What selective recomputation keeps: the outputs of contractions, and what attention saves beside its own."""
+    kept = 0
+    for op in ops:
+        if _kind(op) != "memory":
+            kept += sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in op.outputs)
+        if _kind(op) == "attention":
+            hidden = [s for s in op.saved if s.storage.startswith(op.name + ":")]
+            kept += sum(s.size_bytes(batch=batch, seq=seq) for s in hidden)
+    return kept
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:

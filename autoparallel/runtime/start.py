@@ -140,7 +140,7 @@ def _agree_on_plan(make: Callable[[], Plan]) -> Plan:
         raise getattr(errors, failed["error"], AutoParallelError)(
             failed["what"], why=failed["why"], remedy=failed["remedy"]
         )
-    return Plan.from_json(text)
+    return Plan.model_validate_json(text)
 
 
 def _check_runnable_dtype(model: nn.Module, dtype: str) -> None:

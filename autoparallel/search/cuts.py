@@ -40,11 +40,17 @@ class Shortfall:
     excess_bytes: int
 
 
-def find_cuts(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
-    """The stages of a strategy with at most as many stages as the model has blocks."""
+def find_cuts(
+    workload: Workload, strategy: Strategy, *, limit_bytes: int | None = None
+) -> tuple[StagePlan, ...] | Shortfall:
+    """The stages of a strategy with at most as many stages as the model has blocks.
+
+    `limit_bytes` is the memory of a stage, by default what the workload allows.
+    """
+    limit_bytes = capacity_bytes(workload) if limit_bytes is None else limit_bytes
     ranges = Ranges(workload, strategy)
-    legal = _has_block(ranges.num_segments, num_stages=strategy.num_stages)
-    excess = [ranges.memory_bytes(stage) - capacity_bytes(workload) for stage in range(strategy.num_stages)]
+    legal = has_block(ranges.num_segments, num_stages=strategy.num_stages)
+    excess = [ranges.memory_bytes(stage) - limit_bytes for stage in range(strategy.num_stages)]
     fits = [legal & (stage_excess <= 0) for stage_excess in excess]
 
     def all_fit(firsts: Firsts) -> bool:
@@ -53,7 +59,7 @@ def find_cuts(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] |
         return all(first < end and bool(mask[first, end - 1]) for mask, first, end in stages)
 
     cuts = Cuts(workload, strategy, all_fit)
-    firsts = _fastest(ranges, fits)
+    firsts = least_formula(ranges, fits)
     if firsts is not None:
         return cuts.plans(polish(cuts, firsts))
     firsts = _partition(excess, [legal] * strategy.num_stages, np.maximum)
@@ -63,7 +69,7 @@ def find_cuts(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] |
     return Shortfall(stage=worst.index(max(worst)), stages=stages, excess_bytes=max(worst))
 
 
-def _has_block(num_segments: int, *, num_stages: int) -> Mask:
+def has_block(num_segments: int, *, num_stages: int) -> Mask:
     """[first, last]: ranges with a block between the first segment and the last one; a single stage needs none."""
     first, last = np.ogrid[:num_segments, :num_segments]
     legal: Mask = np.maximum(first, 1) <= np.minimum(last, num_segments - 2)
@@ -72,8 +78,8 @@ def _has_block(num_segments: int, *, num_stages: int) -> Mask:
     return legal
 
 
-def _fastest(ranges: Ranges, fits: list[Mask]) -> Firsts | None:
-    """First segment of every stage, or None where no cut fits."""
+def least_formula(ranges: Ranges, fits: list[Mask]) -> Firsts | None:
+    """The cut that minimises the module's formula; None where no cut fits."""
     cost = ranges.micro_batch_ps
     end = ranges.step_ps - ranges.backward_before_ps[:, None]
     slowest = _least_maximum(cost, fits)

@@ -1,8 +1,8 @@
 """Cuts that a closed form chose in, cuts that the simulator prefers out.
 
-Few cuts are all simulated, so that the result is exact. Of many, those are tried that move one boundary by a segment, as
-long as one of them is faster (Aceso, Liu et al. 2024, polishes its plans in the same way). The closed form is nearly
-exact where there are many micro-batches, which is also where simulating costs most, so that one budget serves both.
+Few cuts are all simulated, so that the result is exact. Of many, one boundary after the other is moved by a segment, as
+long as that helps. The closed form is nearly exact where there are many micro-batches, which is also where simulating
+costs most, so that one budget serves both.
 """
 
 from __future__ import annotations
@@ -57,33 +57,35 @@ class Cuts:
         for rest in combinations(range(2, len(self.workload.segment_classes) - 1), self.strategy.num_stages - 1):
             yield (0, *rest)
 
-    def neighbours(self, firsts: Firsts) -> Iterator[Firsts]:
-        """One boundary, one segment further back or on."""
-        for stage in range(1, len(firsts)):
-            for step in (-1, 1):
-                yield (*firsts[:stage], firsts[stage] + step, *firsts[stage + 1 :])
-
 
 def polish(cuts: Cuts, firsts: Firsts) -> Firsts:
     """The fastest of all cuts where they are few, otherwise the best in reach of `firsts`; ties stay where they are."""
     strategy = cuts.strategy
-    budget = BUDGET_ACTIONS // (2 * strategy.num_stages * strategy.num_micro_batches)
     if strategy.num_stages == 1:
         return firsts
+    budget = BUDGET_ACTIONS // (2 * strategy.num_stages * strategy.num_micro_batches)
+    num_cuts = math.comb(max(0, cuts.workload.num_blocks - 1), strategy.num_stages - 1)
+    if num_cuts > budget:
+        return _descend(cuts, firsts, budget=budget)
     best, best_s = firsts, cuts.step_time_s(firsts)
-    if math.comb(max(0, cuts.workload.num_blocks - 1), strategy.num_stages - 1) <= budget:
-        for cut in cuts.everything():
-            if cuts.fits(cut) and (step_time_s := cuts.step_time_s(cut)) < best_s:
-                best, best_s = cut, step_time_s
-        return best
-    moved = True
-    while moved:
-        moved = False
-        for cut in cuts.neighbours(best):
-            if budget <= 0 or not cuts.fits(cut):
-                continue
-            budget -= 1
-            if (step_time_s := cuts.step_time_s(cut)) < best_s:
-                best, best_s, moved = cut, step_time_s, True
-                break
+    for cut in cuts.everything():
+        if cuts.fits(cut) and (step_time_s := cuts.step_time_s(cut)) < best_s:
+            best, best_s = cut, step_time_s
+    return best
+
+
+def _descend(cuts: Cuts, firsts: Firsts, *, budget: int) -> Firsts:
+    """Move boundaries back or on by one segment, in turn, until no move helps or `budget` cuts are simulated."""
+    best, best_s = firsts, cuts.step_time_s(firsts) if budget else 0.0
+    moves = [(stage, step) for stage in range(1, len(firsts)) for step in (-1, 1)]
+    turn = since_last_gain = 0
+    while budget > 0 and since_last_gain < len(moves):
+        stage, step = moves[turn % len(moves)]
+        cut = (*best[:stage], best[stage] + step, *best[stage + 1 :])
+        turn, since_last_gain = turn + 1, since_last_gain + 1
+        if not cuts.fits(cut):
+            continue
+        budget -= 1
+        if (step_time_s := cuts.step_time_s(cut)) < best_s:
+            best, best_s, since_last_gain = cut, step_time_s, 0
     return best

@@ -17,6 +17,7 @@ from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
 
 GIB = 2**30
+UNLIMITED_BYTES = 2**62
 
 
 def compile_candidate(workload: Workload, strategy: Strategy) -> Candidate:
@@ -25,13 +26,32 @@ def compile_candidate(workload: Workload, strategy: Strategy) -> Candidate:
     if strategy.num_stages > max(1, workload.num_blocks):
         reason = f"{strategy.num_stages} stages need a block each, and the model has {workload.num_blocks}"
         return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="layers"))
-    if strategy.stages is not None:
-        found: tuple[StagePlan, ...] | Shortfall = _given_stages(workload, strategy)
-    else:
-        found = find_cuts(workload, strategy)
+    found = _given_stages(workload, strategy) if strategy.stages else find_cuts(workload, strategy)
     if isinstance(found, Shortfall):
         return Candidate(strategy=strategy, rejection=_memory_rejection(workload, strategy, found))
     return Candidate(strategy=strategy.model_copy(update={"stages": found}))
+
+
+def price_candidate(workload: Workload, strategy: Strategy) -> Candidate:
+    """A compiled strategy with its price."""
+    return Candidate(strategy=strategy, estimate=price(workload, strategy))
+
+
+def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
+    """Price a strategy that somebody named, cut where that is fastest unless it has stages; it need not fit."""
+    check_strategy(workload, strategy)
+    if strategy.stages:
+        _given_stages(workload, strategy)
+        return price(workload, strategy)
+    if strategy.num_stages > max(1, workload.num_blocks):
+        raise ConfigError(
+            f"a model of {workload.num_blocks} blocks cannot be cut into {strategy.num_stages} stages",
+            why="a stage holds at least one block",
+            remedy=f"choose num_stages up to {max(1, workload.num_blocks)}",
+        )
+    stages = find_cuts(workload, strategy, limit_bytes=UNLIMITED_BYTES)
+    assert not isinstance(stages, Shortfall)
+    return price(workload, strategy.model_copy(update={"stages": stages}))
 
 
 def check_strategy(workload: Workload, strategy: Strategy) -> None:

@@ -83,7 +83,8 @@ class Ranges:
         """1 where a range holds some of the segments and not all."""
         first, last = np.ogrid[: self.num_segments, : self.num_segments]
         inside = np.array([(first <= s) & (s <= last) for s in segments])
-        return (inside.any(axis=0) & ~inside.all(axis=0)).astype(np.int64)
+        split: Array = np.where(inside.any(axis=0) & ~inside.all(axis=0), np.int64(1), np.int64(0))
+        return split
 
     @cached_property
     def backward_before_ps(self) -> Array:

@@ -1,0 +1,66 @@
+"""A search worker: JSON lines on stdin in, JSON lines on stdout out. Run as `python -m autoparallel.search.worker`.
+
+In: one line with the workload, then lines of jobs `{"kind": "compile"|"price", "jobs": [[index, strategy], ...]}`.
+Out: one line `{"pid": ..., "torch_loaded": ...}`, then for every job `{"index": ..., "candidate": ...}`, or
+`{"index": ..., "error": ...}` with a traceback; strategies and candidates are JSON texts of their own. A worker ends at
+the end of stdin, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import IO, Literal
+
+from autoparallel.cost.workload import Workload
+from autoparallel.plan.candidate import Candidate
+from autoparallel.plan.strategy import Strategy
+from autoparallel.search.price import compile_candidate, price_candidate
+
+Kind = Literal["compile", "price"]
+JOBS = {"compile": compile_candidate, "price": price_candidate}
+
+
+def run_job(workload: Workload, kind: Kind, strategy: Strategy) -> Candidate:
+    """One unit of work, in a worker or in the parent."""
+    return JOBS[kind](workload, strategy)
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    """Answer until the requests end."""
+
+    def reply(message: str) -> None:
+        replies.write(message + "\n")
+        replies.flush()
+
+    reply(json.dumps({"pid": os.getpid(), "torch_loaded": "torch" in sys.modules}))
+    first = requests.readline()
+    if not first:
+        return
+    workload = Workload.model_validate_json(first)
+    for line in requests:
+        message = json.loads(line)
+        for index, strategy in message["jobs"]:
+            try:
+                candidate = run_job(workload, message["kind"], Strategy.model_validate_json(strategy))
+            except Exception:
+                reply(json.dumps({"index": index, "error": traceback.format_exc()}))
+            else:
+                reply(json.dumps({"index": index, "candidate": candidate.model_dump_json()}))
+
+
+def main() -> None:
+    # The parent decides when to stop; a terminal's ctrl-C goes to the whole foreground group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        serve(sys.stdin, sys.stdout)
+    except BrokenPipeError:
+        # The parent is gone; nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The public calls: questions that have an answer, and questions that get one clear message instead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import autoparallel as ap
+from autoparallel.errors import AutoParallelError, ConfigError, NoFeasiblePlanError, PlanMismatchError
+from tests.families import FAMILIES
+
+
+def question(**changes: Any) -> dict[str, Any]:
+    return {"model": FAMILIES["llama"](), "flavor": "cpu:2", "batch_size": 4, "seq_len": 16, **changes}
+
+
+def test_a_plan_answers_and_round_trips(tmp_path: Path) -> None:
+    plan = ap.plan(**question())
+    assert plan.strategy.num_devices == 2
+    assert plan.strategy.batch_size == 4
+    possible = [c for c in plan.candidates if c.estimate is not None]
+    assert plan.estimate.step_time_s == min(c.estimate.step_time_s for c in possible if c.estimate)
+    plan.save(tmp_path / "plan.json")
+    assert ap.Plan.load(tmp_path / "plan.json") == plan
+    text = plan.explain()
+    assert "predicted" in text
+    assert plan.strategy.schedule in text
+
+
+def test_a_large_model_is_planned_without_weights_or_gpu() -> None:
+    """MoAI's own choice for Qwen1.5-7B on 32 GCDs is among the possible candidates."""
+    config = transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    plan = ap.plan(config, "4xLarge.2048GB", batch_size=256, seq_len=2048)
+    theirs = [
+        c
+        for c in plan.candidates
+        if (c.strategy.num_stages, c.strategy.num_micro_batches, c.strategy.batch_per_device) == (2, 8, 1)
+        or (c.strategy.num_stages, c.strategy.num_micro_batches, c.strategy.batch_per_device) == (2, 16, 1)
+    ]
+    chosen = [c for c in theirs if c.strategy.recomputation == "none" and c.strategy.distribute_param > 0]
+    assert any(c.estimate is not None for c in chosen)
+    assert plan.strategy.num_devices == 32
+    assert any("assumed" not in a for a in plan.assumptions)
+
+
+def test_the_strategy_asked_for_is_priced_as_the_search_prices_it() -> None:
+    plan = ap.plan(**question())
+    asked = {key: value for key, value in question().items() if key not in ("model", "flavor")}
+    estimate = ap.estimate(FAMILIES["llama"](), "cpu:2", plan.strategy, **asked)
+    assert estimate == plan.estimate
+
+
+def test_the_program_of_any_rank_is_readable_offline() -> None:
+    plan = ap.plan(**question(constraints=ap.Constraints(data_parallel=1)))
+    assert plan.strategy.num_stages == 2
+    texts = [ap.program(FAMILIES["llama"](), plan, rank=rank).print_readable(print_output=False) for rank in (0, 1)]
+    assert "input_ids" in texts[0]
+    assert texts[0] != texts[1]
+    with pytest.raises(ConfigError, match="rank 2 does not exist"):
+        ap.program(FAMILIES["llama"](), plan, rank=2)
+
+
+def check_message(error: AutoParallelError, *parts: str) -> None:
+    for part in parts:
+        assert part in str(error)
+    assert error.remedy, "an error names what to do"
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ap.plan(**question(batch_size=7, constraints=ap.Constraints(data_parallel=2)))
+    check_message(caught.value, "7", "2")
+
+
+def test_an_unknown_flavor_names_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ap.plan(**question(flavor="4xLarge.2084GB"))
+    check_message(caught.value, "4xLarge.2048GB")
+
+
+def test_a_model_too_large_for_every_candidate() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8
+    )
+    with pytest.raises(NoFeasiblePlanError) as caught:
+        ap.plan(config, "L4", batch_size=1, seq_len=2048)
+    check_message(caught.value, "GiB")
+
+
+def test_a_plan_for_another_model(tmp_path: Path) -> None:
+    plan = ap.plan(**question())
+    with pytest.raises(PlanMismatchError) as caught:
+        ap.program(FAMILIES["gpt2"](), plan)
+    check_message(caught.value, "another model")
+
+
+def test_a_strategy_for_other_devices_or_rows() -> None:
+    with pytest.raises(ConfigError, match="is for 1 devices and 1 rows"):
+        ap.estimate(FAMILIES["llama"](), "cpu:2", ap.Strategy(), batch_size=4, seq_len=16)
+
+
+def test_an_unknown_option_of_the_one_line() -> None:
+    with pytest.raises(ConfigError, match="num_stages"):
+        ap.enable_advanced_parallelization("cpu:1", num_stage=2)
+
+
+@pytest.mark.slow
+def test_a_plan_is_the_same_bytes_whatever_the_workers_and_the_hash_seed(tmp_path: Path) -> None:
+    code = (
+        "import sys, autoparallel as ap; from tests.families import FAMILIES;"
+        "ap.plan(FAMILIES['qwen2'](), 'cpu:4', batch_size=16, seq_len=32, workers=int(sys.argv[1])).save(sys.argv[2])"
+    )
+    texts = set()
+    for workers, seed in ((0, "0"), (1, "1"), (3, "2")):
+        path = tmp_path / f"{workers}.json"
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(workers), str(path)], check=True, timeout=120, env=environment)
+        texts.add(path.read_text())
+    assert len(texts) == 1

@@ -1,0 +1,442 @@
+"""The search against brute force, against itself with other worker counts, and against dying workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoparallel.cost.memory import capacity_bytes
+from autoparallel.cost.workload import Workload
+from autoparallel.errors import ConfigError, NoFeasiblePlanError
+from autoparallel.plan.candidate import Candidate
+from autoparallel.plan.estimate import Estimate
+from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.search import select
+from autoparallel.search.pool import WorkerPool, default_num_workers
+from autoparallel.search.price import compile_candidate, cut_and_price, price
+from autoparallel.search.progress import is_shown
+from autoparallel.search.select import search, select_best_graph_from_candidates
+from autoparallel.space.candidates import enumerate_strategies
+from tests.test_cuts import all_cuts, excess_bytes
+from tests.workloads import CPU_CORES, GIB, cpus, gpus, random_workloads, segment, workload
+
+ANY = Constraints()
+
+
+def strategies(drawn: Workload) -> list[Strategy]:
+    return enumerate_strategies(
+        num_devices=drawn.flavor.num_devices,
+        batch_size=drawn.batch_size,
+        num_blocks=drawn.num_blocks,
+        constraints=ANY,
+    )
+
+
+def dumped(candidates: list[Candidate]) -> str:
+    return "\n".join(candidate.model_dump_json() for candidate in candidates)
+
+
+# --- the choice ---
+
+
+@given(drawn=random_workloads(max_blocks=5))
+@settings(max_examples=40, deadline=None)
+def test_the_choice_equals_brute_force(drawn: Workload) -> None:
+    """Enumerate × all cuts × price."""
+    fitting = [s for s in strategies(drawn) if s.num_stages <= drawn.num_blocks]
+    cuts = [cut for s in fitting for cut in all_cuts(drawn, s) if excess_bytes(drawn, cut) <= 0]
+    found = search(drawn, ANY, workers=0)
+    if not cuts:
+        with pytest.raises(NoFeasiblePlanError):
+            select_best_graph_from_candidates(found)
+        return
+    chosen = select_best_graph_from_candidates(found)
+    assert chosen.estimate is not None
+    assert chosen.estimate.step_time_s == min(price(drawn, cut).step_time_s for cut in cuts)
+    assert chosen.estimate == price(drawn, chosen.strategy)
+    assert excess_bytes(drawn, chosen.strategy) <= 0
+
+
+def test_ties_go_to_the_first() -> None:
+    estimate = price(workload(gpus(1)), compile_candidate(workload(gpus(1)), strategies(workload(gpus(1)))[0]).strategy)
+    tied = [Candidate(strategy=Strategy(num_micro_batches=m), estimate=estimate) for m in (4, 2, 8)]
+    assert select_best_graph_from_candidates(tied) is tied[0]
+
+
+def test_every_candidate_has_a_price_or_a_reason_with_an_amount() -> None:
+    drawn = workload(gpus(4, memory_bytes=int(2.2 * GIB)), num_blocks=3, parameters=(20_000_000,) * 5)
+    found = search(drawn, ANY, workers=0)
+    assert [c.strategy.model_copy(update={"stages": None}) for c in found] == strategies(drawn)
+    assert all((c.estimate is None) != (c.rejection is None) for c in found)
+    reasons = {c.rejection.kind: c.rejection for c in found if c.rejection is not None}
+    assert reasons["layers"].reason == "4 stages need a block each, and the model has 3"
+    assert reasons["memory"].shortfall_bytes > 0
+    assert "GiB" in reasons["memory"].reason
+    assert any(c.estimate is not None for c in found)
+
+
+def test_log_lines_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(select.logger, "info", lambda text, *values: lines.append(text.format(*values)))
+    chosen = select_best_graph_from_candidates(search(workload(gpus(2)), ANY, workers=0))
+    beginnings = [
+        "The number of candidates is ",
+        "Parallel Graph Compile start...",
+        "Elapsed Time to compile all candidates = ",
+        "Parallel Graph Compile finished.",
+        "The number of possible candidates is ",
+        "SelectBestGraphFromCandidates start...",
+        "Elapsed Time to compute cost for survived candidates = ",
+        "SelectBestGraphFromCandidates finished.",
+        "Configuration for parallelism is selected.",
+        chosen.strategy.summary(),
+    ]
+    assert len(lines) == len(beginnings)
+    assert all(line.startswith(beginning) for line, beginning in zip(lines, beginnings, strict=True))
+
+
+# --- the price ---
+
+
+def assert_consistent(estimate: Estimate) -> None:
+    parts = estimate.breakdown_s.model_dump().values()
+    assert sum(parts) == pytest.approx(estimate.step_time_s, rel=1e-9, abs=1e-15)
+    assert all(part >= -1e-12 for part in parts)
+    for stage in estimate.stages:
+        assert sum(stage.memory_parts_bytes.values()) == stage.peak_memory_bytes
+
+
+@given(drawn=random_workloads(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_breakdown_sums_to_the_step(drawn: Workload, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        flavor = cpus(drawn.flavor.num_devices, memory_bytes=drawn.flavor.memory_bytes)
+        drawn = drawn.model_copy(update={"flavor": flavor})
+    strategy = data.draw(st.sampled_from([s for s in strategies(drawn) if s.num_stages <= drawn.num_blocks]))
+    assert_consistent(price(drawn, data.draw(st.sampled_from(list(all_cuts(drawn, strategy))))))
+
+
+def test_one_stage_is_arithmetic() -> None:
+    drawn = workload(gpus(1), num_blocks=4, batch_size=8, parameters=(0,) * 6)
+    estimate = cut_and_price(drawn, Strategy(num_micro_batches=8, recomputation="full"))
+    forward_s = 1e-4 + 4e-3 + 5e-4
+    assert estimate.breakdown_s.compute == pytest.approx(8 * 3 * forward_s)
+    assert estimate.breakdown_s.recompute == pytest.approx(8 * 4e-3), "neither embedding nor head is recomputed"
+    assert estimate.step_time_s == pytest.approx(8 * (3 * forward_s + 4e-3))
+    assert estimate.tokens_per_second == pytest.approx(8 * 128 / estimate.step_time_s)
+    assert estimate.mfu == pytest.approx(8 * 3 * forward_s * 1e13 / (312e12 * estimate.step_time_s))
+
+
+def test_sharding_levels_pay_for_their_collectives() -> None:
+    drawn = workload(gpus(4), num_blocks=4, parameters=(50_000_000,) * 6)
+    costs = {
+        level: cut_and_price(
+            drawn, Strategy(data_parallel=4, num_micro_batches=4, distribute_param=level)
+        ).breakdown_s.dp_comm
+        for level in (0, 1, 2, 3)
+    }
+    assert 0 < costs[1] < costs[2] < costs[3]
+    # gather in 2 bytes + reduce_scatter in 4 bytes once, against one all_reduce in 4 bytes: three quarters.
+    assert costs[1] == pytest.approx(costs[0] * 3 / 4, rel=0.05)
+
+
+def test_tied_parameters_are_summed_across_the_pipeline() -> None:
+    free, tied = (workload(gpus(2), tied=size, parameters=(0,) * 8) for size in (0, 10_000_000))
+    strategy = Strategy(num_stages=2, num_micro_batches=16)
+    assert cut_and_price(tied, strategy).breakdown_s.pp_comm > cut_and_price(free, strategy).breakdown_s.pp_comm
+    assert cut_and_price(tied, Strategy(data_parallel=2, num_micro_batches=8)).breakdown_s.pp_comm == 0
+
+
+def test_processes_that_share_cores_wait_for_them() -> None:
+    drawn = workload(cpus(4 * CPU_CORES), parameters=(0,) * 8, batch_size=8)
+    shared = cut_and_price(drawn, Strategy(data_parallel=4 * CPU_CORES))
+    alone = cut_and_price(
+        drawn.model_copy(update={"flavor": gpus(4 * CPU_CORES)}), Strategy(data_parallel=4 * CPU_CORES)
+    )
+    assert alone.breakdown_s.core_sharing == 0
+    assert shared.step_time_s == pytest.approx(4 * (shared.step_time_s - shared.breakdown_s.core_sharing))
+    assert_consistent(shared)
+
+
+def test_a_model_that_costs_nothing_has_a_finite_price() -> None:
+    nothing = segment(forward_s=0.0)
+    drawn = workload(gpus(1), costs=(nothing,) * 3, parameters=(0,) * 8, batch_size=1)
+    estimate = cut_and_price(drawn, Strategy())
+    assert (estimate.step_time_s, estimate.tokens_per_second, estimate.mfu) == (0, 0, 0)
+
+
+def test_a_named_strategy_need_not_fit() -> None:
+    drawn = workload(gpus(2, memory_bytes=GIB // 2))
+    strategy = Strategy(num_stages=2, num_micro_batches=16)
+    assert compile_candidate(drawn, strategy).rejection is not None
+    estimate = cut_and_price(drawn, strategy)
+    assert estimate.peak_memory_bytes > capacity_bytes(drawn)
+
+
+def test_given_stages_are_kept() -> None:
+    drawn = workload(gpus(2))
+    bounds = ((0, 1), (2, 7))
+    plans = tuple(StagePlan(first_segment=a, last_segment=b, recomputation="none") for a, b in bounds)
+    strategy = Strategy(num_stages=2, num_micro_batches=16, stages=plans)
+    assert compile_candidate(drawn, strategy).strategy.stages == plans
+    assert (
+        cut_and_price(drawn, strategy).step_time_s
+        > cut_and_price(drawn, strategy.model_copy(update={"stages": None})).step_time_s
+    )
+    with pytest.raises(ConfigError, match="not a cut"):
+        compile_candidate(drawn, strategy.model_copy(update={"stages": plans[1:]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_stages": 8, "data_parallel": 1}, "8 devices, not 2"),
+        ({"num_micro_batches": 4}, "8 rows a step, not 16"),
+        ({"tensor_parallel": 2, "data_parallel": 1}, "cannot be priced yet"),
+    ],
+)
+def test_a_strategy_for_something_else_is_refused(changes: dict[str, Any], words: str) -> None:
+    fields = {"data_parallel": 2, "num_micro_batches": 8} | changes
+    with pytest.raises(ConfigError, match=words):
+        cut_and_price(workload(gpus(2)), Strategy(**fields))
+
+
+# --- nothing fits ---
+
+
+def refusal(drawn: Workload, constraints: Constraints = ANY) -> NoFeasiblePlanError:
+    found = search(drawn, constraints, workers=0)
+    with pytest.raises(NoFeasiblePlanError) as raised:
+        select_best_graph_from_candidates(found, workload=drawn, constraints=constraints)
+    return raised.value
+
+
+def test_the_shortfall_is_the_smallest_and_names_its_parts() -> None:
+    drawn = workload(gpus(1, memory_bytes=2 * GIB), num_blocks=4, parameters=(100_000_000,) * 6)
+    error = refusal(drawn)
+    shortfall = min(c.rejection.shortfall_bytes for c in search(drawn, ANY, workers=0) if c.rejection is not None)
+    assert f"lacks {shortfall / GIB:.2f} GiB" in error.what
+    assert "optimizer" in error.why
+    assert error.exit_code == 3
+
+
+def test_more_devices_are_proposed_and_fit() -> None:
+    drawn = workload(gpus(1, memory_bytes=4 * GIB), num_blocks=4, parameters=(100_000_000,) * 6)
+    error = refusal(drawn)
+    number = int(error.remedy.split(" devices of this kind")[0].split()[-1])
+    larger = drawn.model_copy(update={"flavor": gpus(number, memory_bytes=4 * GIB)})
+    assert select_best_graph_from_candidates(search(larger, ANY, workers=0)).estimate is not None
+
+
+@pytest.mark.parametrize(
+    ("constraint", "name"),
+    [({"activation_recomputation": False}, "activation_recomputation"), ({"distribute_parameter": 0}, "distribute_")],
+)
+def test_a_constraint_in_the_way_is_named(constraint: dict[str, Any], name: str) -> None:
+    by_name = {
+        "activation_recomputation": workload(
+            gpus(1, memory_bytes=6 * GIB), costs=(segment(forward_s=1e-3, saved_bytes=GIB),) * 3, num_blocks=8
+        ),
+        "distribute_": workload(gpus(4, memory_bytes=4 * GIB), num_blocks=1, parameters=(50_000_000,) * 3),
+    }
+    constraints = Constraints(**constraint)
+    assert f"leave {name}" in refusal(by_name[name], constraints).remedy
+    assert select_best_graph_from_candidates(search(by_name[name], ANY, workers=0)).estimate is not None
+
+
+def test_a_larger_ratio_is_proposed_when_it_is_enough() -> None:
+    drawn = workload(gpus(1, memory_bytes=2 * GIB), num_blocks=1, parameters=(10_000_000,) * 3, memory_ratio=0.6)
+    error = refusal(drawn)
+    ratio = float(error.remedy.split("memory_ratio=")[1].split()[0])
+    assert select_best_graph_from_candidates(
+        search(drawn.model_copy(update={"memory_ratio": ratio}), ANY, workers=0)
+    ).estimate
+    with pytest.raises(NoFeasiblePlanError):
+        select_best_graph_from_candidates(
+            search(drawn.model_copy(update={"memory_ratio": ratio - 0.02}), ANY, workers=0)
+        )
+
+
+# --- workers ---
+
+
+def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path) -> None:
+    drawn = workload(gpus(4), num_blocks=6, tied=1_000_000)
+    here = dumped(search(drawn, ANY, workers=0))
+    assert dumped(search(drawn, ANY, workers=1)) == here
+    assert dumped(search(drawn, ANY, workers=3)) == here
+    (tmp_path / "workload.json").write_text(drawn.model_dump_json())
+    code = (
+        "import sys\n"
+        "from autoparallel.cost.workload import Workload\n"
+        "from autoparallel.plan.strategy import Constraints\n"
+        "from autoparallel.search.select import search\n"
+        "for c in search(Workload.model_validate_json(open(sys.argv[1]).read()), Constraints(), workers=0):\n"
+        "    print(c.model_dump_json())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "workload.json")],
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.rstrip("\n") == here
+
+
+def test_a_long_list_does_use_workers() -> None:
+    drawn = workload(gpus(4), batch_size=64)
+    many = strategies(drawn)
+    assert len(many) >= 64
+    with WorkerPool(drawn, 2) as pool:
+        list(pool.map("compile", many))
+        assert len(pool.pids) == 2
+        assert os.getpid() not in pool.pids
+
+
+def test_a_short_list_starts_no_worker() -> None:
+    drawn = workload(gpus(2))
+    with WorkerPool(drawn, 2) as pool:
+        assert len(list(pool.map("compile", strategies(drawn)[:3]))) == 3
+        assert pool.pids == []
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("killed", [1, 2])
+def test_killed_workers_lose_nothing(killed: int, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autoparallel.search import pool as pool_module
+
+    warnings: list[str] = []
+    monkeypatch.setattr(pool_module.logger, "warning", lambda text, *values: warnings.append(text.format(*values)))
+    drawn = workload(gpus(4), num_blocks=6)
+    with WorkerPool(drawn, 2, min_jobs=1) as pool:
+        expected = dict(WorkerPool(drawn, 0).map("compile", strategies(drawn)))
+        if when == "before":
+            list(pool.map("compile", strategies(drawn)[:2]))
+        found = {}
+        victims = pool.pids[:killed]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        for index, candidate in pool.map("compile", strategies(drawn)):
+            assert index not in found
+            found[index] = candidate
+            if not victims:
+                victims = pool.pids[:killed]
+                for pid in victims:
+                    os.kill(pid, signal.SIGKILL)
+    assert found == expected
+    assert sorted(int(line.split()[2]) for line in warnings) == sorted(victims)
+
+
+def test_a_job_that_fails_in_a_worker_is_done_here() -> None:
+    """Its exception then is the caller's."""
+    drawn = workload(gpus(2))
+    wrong = Strategy(num_stages=8, data_parallel=1)
+    with WorkerPool(drawn, 1, min_jobs=1) as pool, pytest.raises(ConfigError, match="8 devices"):
+        list(pool.map("compile", [*strategies(drawn), wrong]))
+
+
+def worker(**options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "autoparallel.search.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        **options,
+    )
+
+
+def test_a_worker_has_no_torch_ignores_ctrl_c_and_ends_with_its_stdin() -> None:
+    with worker() as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            greeting = json.loads(process.stdout.readline())
+            assert greeting == {"pid": process.pid, "torch_loaded": False}
+            process.send_signal(signal.SIGINT)
+            process.stdin.write(workload(gpus(2)).model_dump_json() + "\n")
+            jobs = [[5, Strategy(data_parallel=2, num_micro_batches=8).model_dump_json()]]
+            process.stdin.write(json.dumps({"kind": "compile", "jobs": jobs}) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            assert answer["index"] == 5
+            assert Candidate.model_validate_json(answer["candidate"]).strategy.stages is not None
+            process.stdin.close()
+            assert process.wait(2) == 0
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_ends_all_workers_within_two_seconds() -> None:
+    drawn = workload(gpus(8), num_blocks=40, batch_size=128)
+    pids: list[int] = []
+    begin_s = time.monotonic()
+
+    def interrupted() -> None:
+        nonlocal begin_s
+        with WorkerPool(drawn, 2, min_jobs=1) as pool:
+            for _ in pool.map("compile", strategies(drawn)):
+                pids.extend(pool.pids)
+                begin_s = time.monotonic()
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - begin_s < 2
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_users_main_is_never_imported(tmp_path: Path) -> None:
+    """An unguarded script that searches with workers runs once."""
+    drawn = workload(gpus(4), batch_size=64)
+    (tmp_path / "workload.json").write_text(drawn.model_dump_json())
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text(
+        "from pathlib import Path\n"
+        "from autoparallel.cost.workload import Workload\n"
+        "from autoparallel.plan.strategy import Constraints\n"
+        "from autoparallel.search.select import search\n"
+        "print('started')\n"
+        "workload = Workload.model_validate_json(Path('workload.json').read_text())\n"
+        "print(len(search(workload, Constraints(), workers=2)))\n"
+    )
+    # In the working folder, which `python -m` would put first: it must not shadow the standard library in workers.
+    (tmp_path / "selectors.py").write_text("raise RuntimeError('shadowed')")
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "scripts/train.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["started", str(len(strategies(drawn)))], done.stderr
+    assert "died" not in done.stderr
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOPARALLEL_WORKERS", "5")
+    assert default_num_workers() == 5
+    monkeypatch.delenv("AUTOPARALLEL_WORKERS")
+    assert 0 <= default_num_workers() <= 8
+    with pytest.raises(ConfigError, match="workers=-1"):
+        search(workload(gpus(1)), ANY, workers=-1)
+
+
+def test_the_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_shown()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    assert is_shown()
+    monkeypatch.setenv("CI", "true")
+    assert not is_shown()
