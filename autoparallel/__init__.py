@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from autoparallel.api import compile, enable_advanced_parallelization, estimate, plan, program
     from autoparallel.errors import AutoParallelError
     from autoparallel.ir.flavor import Flavor
-    from autoparallel.plan.candidate import Candidate
-    from autoparallel.plan.estimate import Estimate
-    from autoparallel.plan.plan import Plan
-    from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+    from autoparallel.plans.candidate import Candidate
+    from autoparallel.plans.estimate import Estimate
+    from autoparallel.plans.plan import Plan
+    from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
     from autoparallel.runtime.module import ParallelModule
 
 __version__ = "0.1.0"
@@ -27,14 +27,14 @@ _HOME = {
     "plan": "api",
     "program": "api",
     "AutoParallelError": "errors",
-    "Candidate": "plan.candidate",
-    "Constraints": "plan.strategy",
-    "Estimate": "plan.estimate",
+    "Candidate": "plans.candidate",
+    "Constraints": "plans.strategy",
+    "Estimate": "plans.estimate",
     "Flavor": "ir.flavor",
     "ParallelModule": "runtime.module",
-    "Plan": "plan.plan",
-    "StagePlan": "plan.strategy",
-    "Strategy": "plan.strategy",
+    "Plan": "plans.plan",
+    "StagePlan": "plans.strategy",
+    "Strategy": "plans.strategy",
 }
 
 __all__ = [

@@ -179,7 +179,7 @@ def compile(
     """
     from autoparallel.runtime import start
 
-    given = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+    given = Plan.load(os.fspath(plan)) if isinstance(plan, (str, os.PathLike)) else plan
     resolved = given.flavor if given is not None else resolve_flavor(_or_setting(flavor))
     return start.compile_model(
         model,

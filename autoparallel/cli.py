@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from autoparallel.errors import AutoParallelError, ConfigError
 
 if TYPE_CHECKING:
-    from autoparallel.plan.plan import Plan
+    from autoparallel.plans.plan import Plan
 
 GIB = 2**30
 PACKAGES = ("autoparallel", "torch", "transformers", "numpy", "pydantic", "networkx", "safetensors", "typer")
@@ -86,7 +86,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say what a saved plan chose, what it is predicted to cost, and why not the others."""
-    from autoparallel.plan.plan import Plan
+    from autoparallel.plans.plan import Plan
 
     _print_plan(Plan.load(plan), as_json=as_json)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.module import ParallelModule, parallelize
 from tests.families import lifted, make_batch, make_model

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from autoparallel.ir.flavor import Flavor
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.estimate import Breakdown, Estimate, Rejection, StageEstimate
-from autoparallel.plan.plan import ModelSummary, Plan
-from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEstimate
+from autoparallel.plans.plan import ModelSummary, Plan
+from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 
 GIB = 2**30
 NUM_BLOCKS = 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from autoparallel.capture.program import Program
 from autoparallel.ir.flavor import Flavor
-from autoparallel.plan.estimate import Breakdown, Estimate, StageEstimate
-from autoparallel.plan.plan import ModelSummary, Plan
-from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.plans.estimate import Breakdown, Estimate, StageEstimate
+from autoparallel.plans.plan import ModelSummary, Plan
+from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 
 
 def even_stages(num_segments: int, strategy: Strategy) -> Strategy:

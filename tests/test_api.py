@@ -88,7 +88,12 @@ def test_an_unknown_flavor_names_the_nearest() -> None:
 
 def test_a_model_too_large_for_every_candidate() -> None:
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
     )
     with pytest.raises(NoFeasiblePlanError) as caught:
         ap.plan(config, "L4", batch_size=1, seq_len=2048)

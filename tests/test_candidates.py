@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.errors import ConfigError
-from autoparallel.plan.strategy import Constraints, Strategy
+from autoparallel.plans.strategy import Constraints, Strategy
 from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from autoparallel.cli import app
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.ir.flavor import Flavor
-from autoparallel.plan.plan import Plan
+from autoparallel.plans.plan import Plan
 from tests import plans
 
 ROOT = Path(__file__).parent.parent

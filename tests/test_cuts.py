@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autoparallel.cost.memory import capacity_bytes, stage_memory
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 from autoparallel.search.cuts import EVENNESS_STEPS, Shortfall, find_cuts, has_block, least_formula
 from autoparallel.search.polish import Cuts
 from autoparallel.search.price import price

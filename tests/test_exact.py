@@ -1,5 +1,6 @@
-"""Every plan that the enumerator offers equals one device in float64: loss, gradient norm, each gradient, parameters after three
-AdamW steps with clipping, evaluation logits; with rows that ignore different numbers of labels, and an optimizer made before the plan.
+"""Every plan that the enumerator offers equals one device in float64: loss, gradient norm, each gradient, parameters
+after three AdamW steps with clipping, evaluation logits; with rows that ignore different numbers of labels, and an
+optimizer made before the plan.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from autoparallel.ir.flavor import Flavor
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.estimate import Rejection
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.estimate import Rejection
 from autoparallel.report.explain import WIDTH, clean, explain
 from tests import plans
 

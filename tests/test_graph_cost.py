@@ -15,7 +15,7 @@ from autoparallel.cost.segments import _saved_bytes
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.ops import flops
-from autoparallel.plan.strategy import StagePlan
+from autoparallel.plans.strategy import StagePlan
 from tests.families import FAMILIES, UNSEEN, make_batch, make_model
 
 ROWS, SEQ = 3, 24

@@ -12,7 +12,7 @@ from autoparallel.cost.flavors import resolve_flavor
 from autoparallel.cost.memory import capacity_bytes, num_in_flight, stage_memory
 from autoparallel.cost.tables import load_table
 from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
-from autoparallel.plan.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 
 NUM_BLOCKS = 4
 LAST = NUM_BLOCKS + 1

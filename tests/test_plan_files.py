@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.errors import AutoParallelError, ConfigError, PlanFormatError, PlanMismatchError
-from autoparallel.plan.plan import Plan
-from autoparallel.plan.strategy import StagePlan
+from autoparallel.plans.plan import Plan
+from autoparallel.plans.strategy import StagePlan
 from tests import plans
 
 GOOD: dict[str, Any] = json.loads(plans.sample_plan().to_json())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoparallel.plan.strategy import ScheduleName
+from autoparallel.plans.strategy import ScheduleName
 from autoparallel.schedule.actions import Action, actions, in_flight
 from autoparallel.schedule.simulate import simulate
 

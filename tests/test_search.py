@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.estimate import Estimate
-from autoparallel.plan.strategy import Constraints, StagePlan, Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.estimate import Estimate
+from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 from autoparallel.search import select
 from autoparallel.search.pool import WorkerPool, default_num_workers
 from autoparallel.search.price import compile_candidate, cut_and_price, price
@@ -279,7 +279,7 @@ def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from autoparallel.cost.workload import Workload\n"
-        "from autoparallel.plan.strategy import Constraints\n"
+        "from autoparallel.plans.strategy import Constraints\n"
         "from autoparallel.search.select import search\n"
         "for c in search(Workload.model_validate_json(open(sys.argv[1]).read()), Constraints(), workers=0):\n"
         "    print(c.model_dump_json())"
@@ -409,7 +409,7 @@ def test_the_users_main_is_never_imported(tmp_path: Path) -> None:
     (tmp_path / "scripts" / "train.py").write_text(
         "from pathlib import Path\n"
         "from autoparallel.cost.workload import Workload\n"
-        "from autoparallel.plan.strategy import Constraints\n"
+        "from autoparallel.plans.strategy import Constraints\n"
         "from autoparallel.search.select import search\n"
         "print('started')\n"
         "workload = Workload.model_validate_json(Path('workload.json').read_text())\n"

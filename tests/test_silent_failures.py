@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autoparallel.capture.program import capture
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime import batch as batch_module
 from autoparallel.runtime import parameters as parameters_module
 from autoparallel.runtime.batch import IGNORED, Batch

@@ -182,7 +182,8 @@ class _Observer(fx.Interpreter):
         self.current: fx.Node | None = None
 
     def run(self) -> _Observer:  # type: ignore[override]
-        placeholders = [n.meta["val"] for n in self.module.graph.nodes if n.op == "placeholder"]
+        nodes = self.annotator.module.graph.nodes
+        placeholders = [n.meta["val"] for n in nodes if n.op == "placeholder"]
         with (
             placeholders[0].fake_mode,
             torch.enable_grad(),

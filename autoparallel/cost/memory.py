@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autoparallel.cost.workload import ParameterCount, Workload
-from autoparallel.plan.strategy import Recomputation, StagePlan, Strategy
+from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
 
 
 def capacity_bytes(workload: Workload) -> int:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from autoparallel.capture.attention import ATTENTION_TARGET
 from autoparallel.capture.program import Program
 from autoparallel.emit.attention import Attention
-from autoparallel.plan.strategy import StagePlan
+from autoparallel.plans.strategy import StagePlan
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")
 """Keyword inputs of every stage. `padding` is the boolean attention mask, or None when no token is padding."""

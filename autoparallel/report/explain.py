@@ -10,9 +10,9 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from autoparallel.plan.estimate import Breakdown, Estimate, Rejection
-from autoparallel.plan.plan import Plan
-from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.plans.estimate import Breakdown, Estimate, Rejection
+from autoparallel.plans.plan import Plan
+from autoparallel.plans.strategy import StagePlan, Strategy
 
 WIDTH = 110
 NUM_RUNNERS_UP = 5

@@ -15,7 +15,7 @@ from autoparallel.capture.program import Program
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.errors import PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
-from autoparallel.plan.plan import Plan
+from autoparallel.plans.plan import Plan
 from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from autoparallel.errors import ContractError, WorkerError
-from autoparallel.plan.plan import Plan
+from autoparallel.plans.plan import Plan
 from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.engine import Engine
 
@@ -30,7 +30,7 @@ class TrainingOutput(CausalLMOutput):
     """What a training forward returns: `outputs.loss`, `outputs[0]`, `outputs["loss"]`."""
 
     @property
-    def logits(self) -> Tensor:  # type: ignore[override]
+    def logits(self) -> Tensor:
         raise ContractError(
             "a training forward has no logits",
             why="they live on the last stage, one micro-batch at a time, and are gone when the step ends",
@@ -38,7 +38,7 @@ class TrainingOutput(CausalLMOutput):
         )
 
     @logits.setter
-    def logits(self, value: None) -> None:
+    def logits(self, value: Tensor | None) -> None:
         """The dataclass initialises every field; there is nothing to keep."""
 
 
@@ -233,7 +233,7 @@ class _Deposit(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise ContractError(

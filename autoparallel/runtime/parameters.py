@@ -108,7 +108,7 @@ class Parameters:
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
-    """This rank's piece of `value`, cut as `like` is: fully_shard cuts dim 0 into even chunks, the last ones shorter."""
+    """This rank's piece of `value`, cut as `like` is: fully_shard chunks dim 0 evenly, the last ones shorter."""
     chunks = value.chunk(like.device_mesh.size(), dim=0)
     index = like.device_mesh.get_local_rank()
     return chunks[index] if index < len(chunks) else value[:0]

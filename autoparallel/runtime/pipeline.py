@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import TensorSpec
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.mesh import Mesh
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, cast
 
-from autoparallel.plan.strategy import ScheduleName
+from autoparallel.plans.strategy import ScheduleName
 
 Kind = Literal["F", "B"]
 _NOTATION = re.compile(r"(\d+)([FB])(\d+)")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.search.polish import Cuts, Firsts, polish
 from autoparallel.search.ranges import Array, Ranges
 

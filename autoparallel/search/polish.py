@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
 

@@ -25,8 +25,8 @@ from loguru import logger
 
 import autoparallel
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.strategy import Strategy
 from autoparallel.search.worker import Kind, run_job
 from autoparallel.settings import read_settings
 

@@ -9,9 +9,9 @@ from autoparallel.cost.compute import peak_flops_per_s
 from autoparallel.cost.memory import capacity_bytes, stage_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.estimate import Breakdown, Estimate, Rejection, StageEstimate
-from autoparallel.plan.strategy import StagePlan, Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEstimate
+from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.search.cuts import Shortfall, find_cuts
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step

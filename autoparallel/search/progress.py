@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from autoparallel.plan.candidate import Candidate
+from autoparallel.plans.candidate import Candidate
 
 Advance = Callable[[Candidate], None]
 

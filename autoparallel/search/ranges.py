@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.memory import num_in_flight
 from autoparallel.cost.workload import SegmentCost, Workload
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.strategy import Strategy
 from autoparallel.search.stage_times import Overheads, recompute_s
 
 Array = NDArray[np.int64]

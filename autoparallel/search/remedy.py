@@ -12,8 +12,8 @@ from itertools import chain, islice
 from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.strategy import Constraints, Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.strategy import Constraints, Strategy
 from autoparallel.search.cuts import Shortfall, find_cuts
 from autoparallel.space.candidates import enumerate_strategies
 

@@ -12,8 +12,8 @@ from loguru import logger
 
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.strategy import Constraints, Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.strategy import Constraints, Strategy
 from autoparallel.search.pool import WorkerPool, default_num_workers
 from autoparallel.search.progress import progress
 from autoparallel.search.remedy import no_feasible_plan

@@ -14,7 +14,7 @@ from autoparallel.cost import compute
 from autoparallel.cost.collectives import Topology
 from autoparallel.cost.memory import segment_parameters
 from autoparallel.cost.workload import SharedParameters, Workload
-from autoparallel.plan.strategy import Recomputation, StagePlan, Strategy
+from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
 
 
 class Sharding(NamedTuple):

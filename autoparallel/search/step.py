@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.strategy import ScheduleName, StagePlan, Strategy
+from autoparallel.plans.strategy import ScheduleName, StagePlan, Strategy
 from autoparallel.schedule.actions import Action, actions
 from autoparallel.schedule.simulate import Timeline, simulate
 from autoparallel.search.stage_times import Overheads, StageSeconds

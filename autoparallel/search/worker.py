@@ -16,8 +16,8 @@ import traceback
 from typing import IO, Literal
 
 from autoparallel.cost.workload import Workload
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.strategy import Strategy
 from autoparallel.search.price import compile_candidate, price_candidate
 
 Kind = Literal["compile", "price"]

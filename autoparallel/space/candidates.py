@@ -13,7 +13,7 @@ from itertools import product
 from typing import Literal
 
 from autoparallel.errors import ConfigError
-from autoparallel.plan.strategy import Constraints, Recomputation, ScheduleName, Strategy
+from autoparallel.plans.strategy import Constraints, Recomputation, ScheduleName, Strategy
 
 Level = Literal[0, 1, 2, 3]
 UNSHARDED: tuple[Level, ...] = (0,)

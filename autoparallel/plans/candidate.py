@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoparallel.ir.schema import Schema
-from autoparallel.plan.estimate import Estimate, Rejection
-from autoparallel.plan.strategy import Strategy
+from autoparallel.plans.estimate import Estimate, Rejection
+from autoparallel.plans.strategy import Strategy
 
 
 class Candidate(Schema):

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from autoparallel.errors import PlanFormatError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.schema import Schema
-from autoparallel.plan import files
-from autoparallel.plan.candidate import Candidate
-from autoparallel.plan.estimate import Estimate
-from autoparallel.plan.strategy import Constraints, Strategy
+from autoparallel.plans import files
+from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.estimate import Estimate
+from autoparallel.plans.strategy import Constraints, Strategy
 
 SCHEMA_VERSION = "1.0"
 WRONG_PLAN = "make the plan again with `autoparallel plan`"
