@@ -50,7 +50,7 @@ def test_every_offered_plan(family: str, num_devices: int) -> None:
 SAMPLED = {**FAMILIES, **UNSEEN}
 
 
-@pytest.mark.parametrize("family", SAMPLED)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in UNSEEN)])
 def test_a_covering_sample(family: str) -> None:
     """Two plans a family on four ranks; over the families, every kind of choice."""
     strategies = offered(4)

@@ -18,7 +18,7 @@ import pytest
 
 from autoparallel.errors import LaunchError
 from autoparallel.ir.flavor import Flavor
-from autoparallel.runtime import launch
+from autoparallel.runtime import launch, launcher
 
 ROOT = str(Path(__file__).parent.parent)
 TIMEOUT_S = 60
@@ -264,6 +264,6 @@ def test_the_root_cause_is_neither_ended_nor_bereaved() -> None:
         return SimpleNamespace(exitcode=code, error_file_data={"autoparallel": note} if note else {"message": "<NONE>"})
 
     lost, ended = failed(1, time_s=1.0, lost_peer=True), failed(-signal.SIGTERM)
-    assert launch._root_cause({0: lost, 1: ended, 2: failed(1, time_s=5.0), 3: failed(1, time_s=4.0)}) == 3
-    assert launch._root_cause({0: lost, 1: failed(-signal.SIGKILL)}) == 1
-    assert launch._root_cause({0: ended, 1: lost}) == 1
+    assert launcher._root_cause({0: lost, 1: ended, 2: failed(1, time_s=5.0), 3: failed(1, time_s=4.0)}) == 3
+    assert launcher._root_cause({0: lost, 1: failed(-signal.SIGKILL)}) == 1
+    assert launcher._root_cause({0: ended, 1: lost}) == 1

@@ -89,6 +89,12 @@ def test_one_device_by_hand() -> None:
     }
 
 
+def test_level_1_holds_no_whole_gradients_when_one_micro_batch_is_the_last() -> None:
+    one, more = (_one_stage(data_parallel=4, distribute_param=1, num_micro_batches=m) for m in (1, 2))
+    gradients = [stage_memory(_workload(), strategy, stage=0)["gradients"] for strategy in (one, more)]
+    assert gradients == [(2000 + 850) * 4, (3400 + 850) * 4]
+
+
 @pytest.mark.parametrize(
     ("level", "parameters", "gradients", "optimizer"),
     [
@@ -99,7 +105,8 @@ def test_one_device_by_hand() -> None:
     ],
 )
 def test_sharding_levels_by_hand(level: int, parameters: int, gradients: int, optimizer: int) -> None:
-    memory = stage_memory(_workload(), _one_stage(data_parallel=4, distribute_param=level), stage=0)
+    strategy = _one_stage(data_parallel=4, distribute_param=level, num_micro_batches=2)
+    memory = stage_memory(_workload(), strategy, stage=0)
     assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (parameters, gradients, optimizer)
 
 

@@ -89,7 +89,9 @@ def _state_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> dic
         }
     segments = segment_parameters(workload, plan)
     gathered = _largest_sum([c.trainable + c.frozen for c in segments], 2) if level == 3 else total
-    whole_gradients = trainable if level == 1 else max(c.trainable for c in segments)
+    # With one micro-batch, level 1 too reduces each block's gradients as soon as they are made.
+    keeps_whole = level == 1 and strategy.num_micro_batches > 1
+    whole_gradients = trainable if keeps_whole else max(c.trainable for c in segments)
     shard = _shard(trainable, ways)
     return {
         "parameters": _shard(total, ways) * precision.master_bytes + gathered * precision.compute_bytes,

@@ -11,25 +11,17 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
-import functools
-import json
-import logging
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,13 +31,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from autoparallel.errors import AutoParallelError, LaunchError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
+from autoparallel.runtime.launcher import LAUNCHER_PID, OUTPUT_SOCKET
+from autoparallel.runtime.uncaught import install_error_hook
 
-LAUNCHER_PID, OUTPUT_SOCKET = "AUTOPARALLEL_LAUNCHER_PID", "AUTOPARALLEL_OUTPUT_SOCKET"
-TAIL_LINES = 40
 ARRIVAL_S = {"cpu": 60, "gpu": 600}
 """How long ranks may be apart when they reach the call; loading weights is what keeps GPU ranks."""
-
-ErrorHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class RankMissingError(LaunchError):
@@ -56,7 +46,7 @@ class RankMissingError(LaunchError):
 
 def ensure_launched(flavor: Flavor) -> None:
     """Return in each of the `flavor.num_devices` ranks with torch.distributed initialised; start them if nobody has."""
-    _install_error_hook()
+    install_error_hook(_leave)
     if dist.is_initialized():
         if dist.get_world_size() != flavor.num_devices:
             raise _world_size_error(flavor, dist.get_world_size())
@@ -71,7 +61,7 @@ def ensure_launched(flavor: Flavor) -> None:
         dist.init_process_group(_backend(flavor), store=store, rank=0, world_size=1)
     else:
         _relaunch(flavor)
-    _install_error_hook()  # over torch's, which init_process_group has just put on top
+    install_error_hook(_leave)  # over torch's, which init_process_group has just put on top
     atexit.register(_leave)
 
 
@@ -240,7 +230,7 @@ def _relaunch(flavor: Flavor) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     root = str(Path(__file__).parents[2])
-    code = f"import sys; sys.path.append({root!r}); from autoparallel.runtime.launch import run_ranks; run_ranks()"
+    code = f"import sys; sys.path.append({root!r}); from autoparallel.runtime.launcher import run_ranks; run_ranks()"
     os.execve(sys.executable, [sys.executable, "-P", "-c", code, str(num_ranks), *sys.orig_argv[1:]], environment)
 
 
@@ -313,149 +303,3 @@ def _program() -> list[str]:
                 words = words if rest else words[1:]
                 break
     return []
-
-
-# --- starting: the launcher that takes its place -----------------------------------------------------------------
-
-
-def run_ranks() -> NoReturn:
-    """Run `sys.argv[1]` ranks of the command that follows it, and exit as they do."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.disable(logging.CRITICAL)  # what elastic says of a failure is said below, in fewer lines
-    num_ranks, arguments = (
-        int(sys.argv[1]),
-        [word.replace("$", "$$") for word in sys.argv[2:]],
-    )  # elastic expands ${...}
-    folder = tempfile.mkdtemp(prefix="autoparallel-", dir=None if len(tempfile.gettempdir()) < 60 else "/tmp")
-    output = _OutputServer(os.path.join(folder, "output"))  # a socket's path has at most 104 bytes
-    os.environ[LAUNCHER_PID], os.environ[OUTPUT_SOCKET] = str(os.getpid()), output.path
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id="autoparallel",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "logs"), redirects=Std.ALL),
-    )
-    exit_code, is_failed = 0, False
-    try:
-        elastic_launch(config, sys.executable)("-u", *arguments)
-    except ChildFailedError as error:
-        is_failed, index = True, _root_cause(error.failures)
-        code = _ending(error.failures[index])
-        exit_code = code if code > 0 else 128 - code  # as a shell shows it
-        _report(index, error.failures[index], folder=folder, seen=index == 0 and output.is_handed_over)
-    except SignalException as error:
-        exit_code = 128 + error.sigval
-    except KeyboardInterrupt:
-        exit_code = 128 + signal.SIGINT
-    if not is_failed:  # else its logs are worth reading
-        shutil.rmtree(folder, ignore_errors=True)
-    sys.exit(exit_code)
-
-
-class _OutputServer:
-    """Gives this process's stdout and stderr to rank 0 when it asks."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.is_handed_over = path, False
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(path)
-        self._socket.listen(1)
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        connection, _ = self._socket.accept()
-        with connection:
-            socket.send_fds(connection, [b"1"], [1, 2])
-        self.is_handed_over = True
-
-
-def _note(failure: Any) -> dict[str, Any]:
-    """What the rank wrote about its uncaught error, if there was one."""
-    return failure.error_file_data.get("autoparallel", {})
-
-
-def _ending(failure: Any) -> int:
-    """Exit code, or minus a signal; after an uncaught error, that error's code, whatever happened during shutdown."""
-    return _note(failure).get("exit_code", failure.exitcode)
-
-
-def _root_cause(failures: dict[int, Any]) -> int:
-    """The first rank that failed by itself: neither ended by the launcher, nor by the loss of its peer."""
-
-    def order(index: int) -> tuple[int, float, int]:
-        note = _note(failures[index])
-        is_ended = failures[index].exitcode == -signal.SIGTERM
-        return 2 if is_ended else int(note.get("lost_peer", False)), note.get("time_s", 0.0), index
-
-    return min(failures, key=order)
-
-
-def _report(index: int, failure: Any, *, folder: str, seen: bool) -> None:
-    """Say which rank failed and how, then the last lines of its stderr unless they were `seen` already."""
-    message, code = _note(failure).get("message", ""), _ending(failure)
-    if message and seen:
-        return
-    how = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-    hint = " (often the host ran out of memory)" if code == -signal.SIGKILL else ""
-    print(f"autoparallel: rank {index} {how}{hint}; output of the ranks: {folder}/logs", file=sys.stderr)
-    log = next(Path(folder, "logs").glob(f"*/attempt_0/{index}/stderr.log"), None)
-    if message:
-        print(message, file=sys.stderr)
-    elif log is not None and not seen:
-        print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]), file=sys.stderr)
-
-
-# --- errors in a rank --------------------------------------------------------------------------------------------
-
-
-def _install_error_hook() -> None:
-    if not (isinstance(sys.excepthook, functools.partial) and sys.excepthook.func is _show_error):
-        sys.excepthook = functools.partial(_show_error, sys.excepthook)
-
-
-def _show_error(
-    previous: ErrorHook, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """An AutoParallelError is its message and its exit code; every uncaught error is noted for the launcher."""
-    message = ""
-    if isinstance(error, AutoParallelError):
-        message = f"{error}\n  at: {_users_line(trace)}"
-    atexit.unregister(_leave)  # it would wait for collectives that may never end
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    if path:
-        _note_error(path, error, message=message)
-    if message and os.environ.get("AUTOPARALLEL_DEBUG", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
-    else:
-        previous(kind, error, trace)
-    if isinstance(error, AutoParallelError):
-        raise SystemExit(error.exit_code)
-
-
-def _note_error(path: str, error: BaseException, *, message: str) -> None:
-    """Write torch elastic's error file, and in it what elastic does not keep: the exact time and who is to blame."""
-    text = "".join(traceback.format_exception(error))
-    lost_peer = isinstance(error, dist.DistError) or any(s in str(error) for s in ("closed by peer", "reset by peer"))
-    now_s = time.time()
-    extra = {"py_callstack": text, "timestamp": str(int(now_s))}
-    exit_code = error.exit_code if isinstance(error, AutoParallelError) else 1
-    note = {"message": message, "exit_code": exit_code, "time_s": now_s, "lost_peer": lost_peer}
-    content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}, "autoparallel": note}
-    with contextlib.suppress(OSError):
-        Path(f"{path}.tmp").write_text(json.dumps(content))
-        os.replace(f"{path}.tmp", path)
-
-
-def _users_line(trace: TracebackType | None) -> str:
-    """The innermost line that is not ours."""
-    package = str(Path(__file__).parents[1])
-    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(package)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "autoparallel"

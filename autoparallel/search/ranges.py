@@ -140,7 +140,8 @@ class Ranges:
             copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
             return total * copies + trainable * (precision.gradient_bytes + precision.optimizer_state_bytes)
         gathered = _two_largest(self.total) if level == 3 else total
-        whole_gradients = trainable if level == 1 else np.maximum.accumulate(self.trainable, axis=1)
+        keeps_whole = level == 1 and self.strategy.num_micro_batches > 1
+        whole_gradients = trainable if keeps_whole else np.maximum.accumulate(self.trainable, axis=1)
         shard = -(-trainable // ways)
         return (
             -(-total // ways) * precision.master_bytes

@@ -65,7 +65,10 @@ def check(reference: tuple[Path, dict[str, Any], Path], found: dict[str, Any], o
     assert (out / "config.json").read_text() == (plain / "config.json").read_text()
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt_neox"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "phi3", "gpt_neox")]
+
+
+@pytest.mark.parametrize("family", ["gemma2", *SLOW])
 def test_a_family_nobody_wrote_code_for(family: str, references: Any, tmp_path: Path) -> None:
     reference = references(family)
     check(reference, run(reference[0], tmp_path / "out", "--line", "compile", flavor="cpu:2"), tmp_path / "out")
@@ -79,6 +82,7 @@ def test_the_one_line(options: tuple[str, ...], references: Any, tmp_path: Path)
     check(reference, run(reference[0], tmp_path / "out", *options, flavor="cpu:2"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_optimizer_made_before_compile_on_four_processes(references: Any, tmp_path: Path) -> None:
     reference = references("qwen2")
     found = run(reference[0], tmp_path / "out", "--line", "compile", "--optimizer-first", flavor="cpu:4")
