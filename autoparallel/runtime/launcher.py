@@ -1,4 +1,4 @@
-"""The process that a plain `python train.py` turns into: torch's elastic agent, one rank per device, with a report of failures."""
+"""What a plain `python train.py` turns into: torch's elastic agent, one rank a device, and a report of failures."""
 
 from __future__ import annotations
 
