@@ -12,7 +12,7 @@ help: ## this list
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	$(BIN)/pip install -qq --constraint constraints.txt --editable .[dev]
 	touch $@
 
 install: $(VENV)/installed ## make .venv with everything

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import autoparallel
@@ -89,7 +90,7 @@ def plan_program(
     candidates = search(workload, constraints, workers=workers)
     chosen = select_best_graph_from_candidates(candidates, workload=workload, constraints=constraints)
     assert chosen.estimate is not None
-    return Plan(
+    made = Plan(
         autoparallel_version=autoparallel.__version__,
         torch_version=torch.__version__.split("+")[0],
         model=_summary(program),
@@ -105,6 +106,11 @@ def plan_program(
             f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()
         ),
     )
+    _dump("10_capture.txt", lambda: program.module.print_readable(print_output=False))
+    _dump("20_annotate.txt", lambda: "\n".join(str(op) for op in program.graph.ops()))
+    _dump("30_price.json", lambda: workload.model_dump_json(indent=1))
+    _dump("40_plan.json", made.to_json)
+    return made
 
 
 def estimate(
@@ -213,6 +219,15 @@ def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constrai
         )
     resolved = resolve_flavor(_or_setting("local" if flavor is None else flavor))
     start.enable(resolved, Constraints(**constraints), planner=plan_program)
+
+
+def _dump(name: str, text: Callable[[], str]) -> None:
+    """Write what a step made into the folder AUTOPARALLEL_DUMP names, if it names one."""
+    folder = read_settings().dump
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text())
 
 
 def _or_setting(flavor: FlavorLike) -> FlavorLike:

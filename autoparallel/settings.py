@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from autoparallel.errors import ConfigError
 
@@ -14,8 +13,7 @@ PREFIX = "AUTOPARALLEL_"
 KNOWN = {
     "WORKERS": "processes that compile candidates; 0 compiles in this process",
     "FLAVOR": "flavor of a program that names none",
-    "LOG": "info or debug",
-    "DUMP": "folder that receives the result of every step",
+    "DUMP": "folder that receives what each step of planning made",
     "DEBUG": "1 adds tracebacks to errors",
 }
 """What a user may set, and what it means."""
@@ -29,7 +27,6 @@ class Settings:
 
     workers: int | None = None
     flavor: str | None = None
-    log: Literal["info", "debug"] = "info"
     dump: str | None = None
     debug: bool = False
 
@@ -44,7 +41,6 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         workers=_workers(values.get("WORKERS", "")),
         flavor=values.get("FLAVOR") or None,
-        log=_log(values.get("LOG", "")),
         dump=values.get("DUMP") or None,
         debug=values.get("DEBUG", "").casefold() not in ("", "0", "false", "no"),
     )
@@ -70,16 +66,3 @@ def _workers(value: str) -> int | None:
             remedy=f"set {PREFIX}WORKERS=0 to search in this process, or unset it",
         )
     return int(value)
-
-
-def _log(value: str) -> Literal["info", "debug"]:
-    match value.casefold():
-        case "" | "info":
-            return "info"
-        case "debug":
-            return "debug"
-    raise ConfigError(
-        f"{PREFIX}LOG={value!r} is not a log level",
-        why="the levels are info and debug",
-        remedy=f"set {PREFIX}LOG=debug, or unset it",
-    )

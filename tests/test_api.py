@@ -130,3 +130,11 @@ def test_a_plan_is_the_same_bytes_whatever_the_workers_and_the_hash_seed(tmp_pat
         subprocess.run([sys.executable, "-c", code, str(workers), str(path)], check=True, timeout=120, env=environment)
         texts.add(path.read_text())
     assert len(texts) == 1
+
+
+def test_every_step_can_be_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOPARALLEL_DUMP", str(tmp_path / "dump"))
+    plan = ap.plan(**question())
+    names = [path.name for path in sorted((tmp_path / "dump").iterdir())]
+    assert names == ["10_capture.txt", "20_annotate.txt", "30_price.json", "40_plan.json"]
+    assert ap.Plan.load(tmp_path / "dump" / "40_plan.json") == plan

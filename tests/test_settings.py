@@ -10,13 +10,13 @@ from autoparallel.settings import Settings, read_settings
 
 def test_nothing_set() -> None:
     assert read_settings({"PATH": "/bin", "HOME": "/"}) == Settings()
-    assert read_settings({"AUTOPARALLEL_WORKERS": "", "AUTOPARALLEL_LOG": "", "AUTOPARALLEL_DUMP": ""}) == Settings()
+    assert read_settings({"AUTOPARALLEL_WORKERS": "", "AUTOPARALLEL_DUMP": ""}) == Settings()
 
 
 def test_all_set() -> None:
-    environ = {"WORKERS": "3", "FLAVOR": "cpu:4", "LOG": "DEBUG", "DUMP": "out", "DEBUG": "1"}
+    environ = {"WORKERS": "3", "FLAVOR": "cpu:4", "DUMP": "out", "DEBUG": "1"}
     settings = read_settings({f"AUTOPARALLEL_{key}": value for key, value in environ.items()})
-    assert settings == Settings(workers=3, flavor="cpu:4", log="debug", dump="out", debug=True)
+    assert settings == Settings(workers=3, flavor="cpu:4", dump="out", debug=True)
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,6 @@ def test_variables_of_the_launcher_are_no_mistake() -> None:
         ("WORKERS", "-1", "from 0 to 9999"),
         ("WORKERS", "two", "from 0 to 9999"),
         ("WORKERS", "²", "from 0 to 9999"),
-        ("LOG", "verbose", "info and debug"),
     ],
 )
 def test_mistakes_are_named(name: str, value: str, words: str) -> None:
