@@ -120,5 +120,7 @@ def test_a_forward_that_pins_the_length_is_refused() -> None:
 def test_not_a_model() -> None:
     with pytest.raises(ConfigError, match="cannot plan for a dict"):
         capture({})
+    with pytest.raises(ConfigError, match="not the configuration of a causal language model"):
+        capture(transformers.T5Config())
     with pytest.raises(ConfigError, match="no model configuration at"):
         capture("/nowhere/at/all")

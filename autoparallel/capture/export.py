@@ -86,8 +86,7 @@ def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | Non
         model = load_config(model)
     with fake_mode:
         if isinstance(model, PretrainedConfig):
-            config = copy.deepcopy(model)
-            twin = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            twin = _from_config(copy.deepcopy(model), dtype)
         elif isinstance(model, nn.Module):
             twin = _copy_with_fake_tensors(model, dtype)
         else:
@@ -96,6 +95,18 @@ def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | Non
                 why="a model is an HF causal LM (real or on meta), its config, or the path of either",
             )
     return twin.train()
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(config).__name__} is not the configuration of a causal language model",
+            why=str(error).splitlines()[0][:200],
+            remedy="plan a model that AutoModelForCausalLM knows, or pass the model object itself",
+        ) from error
+    return made
 
 
 def load_config(path: str | os.PathLike[str]) -> PretrainedConfig:

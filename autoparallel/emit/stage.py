@@ -23,6 +23,8 @@ from autoparallel.plans.strategy import StagePlan
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")
 """Keyword inputs of every stage. `padding` is the boolean attention mask, or None when no token is padding."""
 
+_CAPTURED_ON = torch.device("cpu")
+
 Tensors = Callable[[str], Tensor]
 """From a canonical parameter, buffer or constant name to the tensor that the emitted module holds."""
 
@@ -40,13 +42,31 @@ class Recomputed(nn.Module):
         return checkpoint(self.block, *args, use_reentrant=False)
 
 
-def emit_stage(program: Program, stage: StagePlan, tensors: Tensors) -> fx.GraphModule:
+def emit_stage(
+    program: Program, stage: StagePlan, tensors: Tensors, *, device: torch.device = _CAPTURED_ON
+) -> fx.GraphModule:
     """The module of one stage: takes the hidden states of the one before it and `INPUTS`; returns what the next one
     takes.
 
     The last stage returns (loss, logits), the loss being its micro-batch's share of the whole batch's loss.
     """
-    return _StageEmitter(program, stage, tensors).emit()
+    module = _StageEmitter(program, stage, tensors).emit()
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            _move_literals(part, device)
+    return module
+
+
+def _move_literals(module: fx.GraphModule, device: torch.device) -> None:
+    """Capture writes its own device into nodes that make tensors (positions, masks); they belong where the stage is."""
+    if device == _CAPTURED_ON:
+        return
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+            )
+    module.recompile()
 
 
 def boundary_names(program: Program, segment: int) -> list[str]:

@@ -42,7 +42,9 @@ class Engine:
         self.parameters = place(model, program.graph.parameters, stage_of_segment, self.mesh, sharded=sharded)
         leaves = make_leaves(self.parameters)
         mine = strategy.stages[self.mesh.stage]
-        self.stage: fx.GraphModule = emit_stage(program, mine, lambda name: leaves.get(name, constants[name]))
+        self.stage: fx.GraphModule = emit_stage(
+            program, mine, lambda name: leaves.get(name, constants[name]), device=device
+        )
         if sharded:
             shard(self.stage, self.parameters, distribute_param=strategy.distribute_param)
         self.logits_spec, loss_spec = _output_specs(program)
