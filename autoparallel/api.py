@@ -186,6 +186,13 @@ def compile(
     from autoparallel.runtime import start
 
     given = Plan.load(os.fspath(plan)) if isinstance(plan, (str, os.PathLike)) else plan
+    other_flavor = given is not None and flavor != "local" and resolve_flavor(flavor) != given.flavor
+    if given is not None and (constraints is not None or other_flavor):
+        raise ConfigError(
+            f"compile got a plan for {given.flavor.name} and a flavor or constraints beside it",
+            why="a plan fixes both",
+            remedy="leave flavor and constraints out, or leave the plan out",
+        )
     resolved = given.flavor if given is not None else resolve_flavor(_or_setting(flavor))
     return start.compile_model(
         model,

@@ -98,6 +98,21 @@ class _MeanLoss(nn.Module):
 def test_a_loss_that_cannot_be_summed_over_micro_batches_is_refused() -> None:
     with pytest.raises(CaptureError, match="num_items_in_batch"):
         capture(_MeanLoss())
+    with pytest.raises(CaptureError, match="num_items_in_batch"):
+        capture(_ExtraTerm())
+
+
+class _ExtraTerm(nn.Module):
+    """A term beside the token loss, of which every micro-batch would bring its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model("llama", dtype=torch.float32)
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.inner(**inputs)
+        out.loss = out.loss + 0.1 * out.logits.logsumexp(-1).pow(2).mean()
+        return out
 
 
 class _Pinned(nn.Module):

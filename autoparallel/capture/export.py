@@ -160,13 +160,32 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
     assert isinstance(module, fx.GraphModule)
     _clean(module)
     _check_symbolic(module, type(twin).__name__)
-    if not _placeholder(module, "num_items").users:
+    if not _is_sum_over_num_items(module):
         raise CaptureError(
-            f"the loss of {type(twin).__name__} ignores num_items_in_batch",
-            why="it is a mean over one micro-batch, and such means do not add up to the mean of the batch",
-            remedy="use a model whose forward passes **kwargs to its loss_function (all recent transformers models do)",
+            f"the loss of {type(twin).__name__} is not a sum over targets divided by num_items_in_batch",
+            why="the losses of micro-batches add up to the loss of the batch only in that form",
+            remedy="pass **kwargs on to loss_function, as transformers does, and leave other terms (router loss) out",
         )
     return module
+
+
+def _is_sum_over_num_items(module: fx.GraphModule) -> bool:
+    """Whether the loss is cross_entropy(..., reduction="sum") / num_items, up to casts."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    division = _uncast(output.args[0][0])
+    if str(division.target) != "aten.div.Tensor":
+        return False
+    total, divisor = (_uncast(node) if isinstance(node, fx.Node) else None for node in division.args)
+    if total is None or divisor is not _placeholder(module, "num_items"):
+        return False
+    reduction = total.args[3] if len(total.args) > 3 else total.kwargs.get("reduction", 1)
+    return str(total.target) == "aten.cross_entropy_loss.default" and bool(reduction == 2)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and str(node.target).startswith(("aten.to.", "aten._to_copy", "aten.alias")):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _check_symbolic(module: fx.GraphModule, model_name: str) -> None:

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoparallel.errors import ContractError
-from autoparallel.runtime.parameters import Parameters
+from autoparallel.runtime.parameters import Parameters, Placed
 
 _live: weakref.WeakSet[_Watch] = weakref.WeakSet()
 
@@ -43,6 +44,11 @@ def watch(parameters: Parameters) -> _Watch:
 @cache
 def _mend_torch() -> None:
     clip_grad._get_total_norm = _global_norm(clip_grad._get_total_norm)
+    public = torch.no_grad()(clip_grad._get_total_norm)
+    for place in (clip_grad, torch.nn.utils):
+        setattr(place, "get_total_norm", public)  # noqa: B010 torch's stubs lack the name
+    torch.optim.Optimizer.state_dict = _whole_state(torch.optim.Optimizer.state_dict)  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = _never_ours(DistributedDataParallel.__init__)  # type: ignore[method-assign]
     GradScaler._unscale_grads_ = _agreed_overflow(GradScaler._unscale_grads_)  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(_check_optimizer)
 
@@ -112,10 +118,63 @@ _ELEMENTWISE = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "
 _GLOBAL = {"LBFGS"}
 
 
+def _ours() -> dict[int, tuple[Parameters, Placed]]:
+    return {id(p.master): (entry.parameters, p) for entry in _live for p in entry.parameters.placed}
+
+
+def _whole_state(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`optimizer.state_dict()` holds whole moments, as on one device (collective: every rank's loop calls it)."""
+
+    @wraps(original)
+    def state_dict(self: torch.optim.Optimizer) -> dict[str, Any]:
+        found, ours = original(self), _ours()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [index for group in found["param_groups"] for index in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            if id(parameter) in ours and index in found["state"]:
+                owner, placed = ours[id(parameter)]
+                found["state"][index] = {
+                    key: owner.whole(placed, value) if _is_moment(value, parameter) else value
+                    for key, value in found["state"][index].items()
+                }
+        return found
+
+    return state_dict
+
+
+def _is_moment(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def _fit_state(optimizer: torch.optim.Optimizer, ours: dict[int, tuple[Parameters, Placed]]) -> None:
+    """Cut moments that are still whole (loaded, or made before the plan) to this rank's piece."""
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in ours:
+            continue
+        owner, placed = ours[id(parameter)]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape == placed.shape != parameter.shape:
+                state[key] = owner.piece(placed, value).clone()
+
+
+def _never_ours(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def init(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if hasattr(module, "_parallel"):
+            raise ContractError(
+                "DistributedDataParallel around a compiled model",
+                why="the model is parallel already; HF Trainer and Accelerate see the ranks and add their own on top",
+                remedy="write the training loop, or leave the wrapper out",
+            )
+        original(self, module, *args, **kwargs)
+
+    return init
+
+
 def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse an optimizer that would silently compute something else on this rank's piece of the parameters."""
-    ours = {id(p.master): entry.parameters for entry in _live for p in entry.parameters.placed}
-    touched = [ours[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
+    ours = _ours()
+    touched = [ours[id(p)][0] for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
     if not touched:
         return
     name = type(optimizer).__name__
@@ -131,3 +190,4 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
             remedy="add distribute_parameter=False to the constraints, or use one of "
             + ", ".join(sorted(_ELEMENTWISE)),
         )
+    _fit_state(optimizer, ours)

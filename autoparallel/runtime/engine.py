@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from autoparallel.capture.program import Program
 from autoparallel.emit.stage import emit_stage, state_tensors
-from autoparallel.errors import PlanMismatchError
+from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
 from autoparallel.plans.plan import Plan
 from autoparallel.runtime.batch import Batch
+from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
@@ -57,6 +58,11 @@ class Engine:
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
         self._watch = watch(self.parameters)
+        self.fingerprint = Fingerprint(model, self.parameters)
+        self._gathers = False
+        for part in model.modules():
+            if part is not model:
+                part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))
 
     def train(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's
@@ -134,6 +140,23 @@ class Engine:
             self._random_state["cpu"] = torch.get_rng_state()
             if devices:
                 self._random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """While the whole model's state is taken, its parts may be read: what is missing is filled in afterwards."""
+        self._gathers = True
+        try:
+            yield
+        finally:
+            self._gathers = False
+
+    def _refuse_part(self, module: nn.Module) -> None:
+        if not self._gathers:
+            raise ContractError(
+                f"state_dict() of a part of the model ({type(module).__name__})",
+                why="this rank holds only pieces of its parameters",
+                remedy="take state_dict() of the whole model and pick the names you want",
+            )
 
     def train_mode(self, training: bool) -> None:
         self.stage.train(training)

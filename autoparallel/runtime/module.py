@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from autoparallel.errors import ContractError, WorkerError
 from autoparallel.plans.plan import Plan
 from autoparallel.runtime.batch import Batch, agree_on_batch
+from autoparallel.runtime.checks import bind, check_inputs
 from autoparallel.runtime.engine import Engine
 
 EngineFactory = Callable[[nn.Module, Batch], Engine]
@@ -47,21 +48,16 @@ class ParallelModule:
 
     _parallel: _State
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | float | None = None,
-        **other: Any,
-    ) -> Any:
-        """The step of the whole batch: loss in training, (loss, logits) under `no_grad`; the same on every rank."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The step of the whole batch: loss in training, (loss, logits) under `no_grad`; the same on every rank.
+
+        Takes what the user's own forward takes, by the same names and positions; what a pipeline cannot serve is
+        refused.
+        """
         assert isinstance(self, nn.Module)
-        _check_inputs(input_ids, use_cache, other)
-        assert input_ids is not None
-        state = self._parallel
+        given = bind(super().forward, args, kwargs)  # type: ignore[misc]
+        check_inputs(given)
+        state, labels = self._parallel, given.get("labels")
         wants_gradients = torch.is_grad_enabled()
         if wants_gradients and labels is None and self.training:
             raise ContractError(
@@ -70,15 +66,16 @@ class ParallelModule:
                 remedy="pass labels=, with -100 where a token is to be ignored; for inference use torch.no_grad()",
             )
         batch = agree_on_batch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=given["input_ids"],
+            attention_mask=given.get("attention_mask"),
             labels=labels,
-            num_items=num_items_in_batch,
+            num_items=given.get("num_items_in_batch"),
             device=state.device,
         )
         if state.engine is None and not (wants_gradients and labels is not None):
-            return self._evaluate_unplaced(batch, return_dict)
+            return self._evaluate_unplaced(batch, given)
         engine = state.engine or state.start(self, batch)
+        engine.fingerprint.check(self)
         engine.train_mode(self.training)
         if wants_gradients and batch.labels is not None:
             loss, gradients = engine.train(batch)
@@ -86,22 +83,25 @@ class ParallelModule:
             output: Any = TrainingOutput(loss=_Deposit.apply(loss, gradients, *masters))
         else:
             loss, logits = engine.evaluate(batch)
+            logits = logits[:, -(given.get("logits_to_keep") or 0) :]
             output = CausalLMOutput(loss=loss if batch.labels is not None else None, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return output.to_tuple() if given.get("return_dict") is False else output
 
-    def _evaluate_unplaced(self, batch: Batch, return_dict: bool | None) -> Any:
-        """Before the first training step there is no plan and every rank holds the whole model: it evaluates rank 0's
-        batch itself.
+    def _evaluate_unplaced(self, batch: Batch, given: dict[str, Any]) -> Any:
+        """Before the first training step there is no plan and every rank holds a whole model: each evaluates rank 0's
+        batch.
         """
-        forward = super().forward  # type: ignore[misc]
-        mask = batch.attention_mask
-        return forward(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            labels=batch.labels,
-            use_cache=False,
-            return_dict=return_dict,
-        )
+        agreed = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        return super().forward(**{**given, **agreed, "use_cache": False})  # type: ignore[misc]
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the whole model, as on one device, though a rank holds only its pieces."""
+        engine = self._parallel.engine
+        if engine is None or exclude_embeddings:
+            if engine is not None:
+                raise ContractError("num_parameters(exclude_embeddings=True) after placement", remedy="count before")
+            return int(super().num_parameters(only_trainable, exclude_embeddings))  # type: ignore[misc]
+        return sum(p.shape.numel() for p in engine.parameters.placed if p.master.requires_grad or not only_trainable)
 
     @property
     def parallel_plan(self) -> Plan:
@@ -143,9 +143,12 @@ class ParallelModule:
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's state under its original names, on every rank (collective)."""
-        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        if self._parallel.engine is not None:
-            _fill_in(self, state, self._parallel.engine, keep=True)
+        engine = self._parallel.engine
+        if engine is None:
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        with engine.gathering():
+            state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        _fill_in(self, state, engine, prefix=kwargs.get("prefix", args[1] if len(args) > 1 else ""), keep=True)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -166,10 +169,12 @@ class ParallelModule:
         assert isinstance(self, nn.Module)
         engine = self._parallel.engine
         state = kwargs.pop("state_dict", None)
-        if state is None:
+        if state is None and engine is None:
             state = super().state_dict()  # type: ignore[misc]
-            if engine is not None:
-                _fill_in(self, state, engine, keep=dist.get_rank() == 0)
+        elif state is None and engine is not None:
+            with engine.gathering():
+                state = super().state_dict()  # type: ignore[misc]
+            _fill_in(self, state, engine, prefix="", keep=dist.get_rank() == 0)
         failure = [""]
         if dist.get_rank() == 0:
             try:
@@ -206,6 +211,13 @@ class _State:
     def __init__(self, start: EngineFactory, device: torch.device) -> None:
         self._start, self.device = start, device
         self.engine: Engine | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        raise ContractError(
+            "a compiled model cannot be copied",
+            why="a copy would hold this rank's pieces without the program that belongs to them",
+            remedy="copy the model before it is compiled, or load state_dict() into a plain one",
+        )
 
     def start(self, model: nn.Module, batch: Batch) -> Engine:
         self.engine = self._start(model, batch)
@@ -244,45 +256,13 @@ class _Deposit(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def _check_inputs(input_ids: Tensor | None, use_cache: bool | None, other: Mapping[str, Any]) -> None:
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise ContractError(
-            "the model is called under autocast",
-            why="all micro-batches run backward inside this call, and backward must not run under autocast",
-            remedy="load the model in the dtype you want instead: from_pretrained(..., dtype=torch.bfloat16)",
-        )
-    if input_ids is None:
-        raise ContractError(
-            "the model is called without input_ids", remedy="pass input_ids=, attention_mask= and labels="
-        )
-    given = {
-        name: value
-        for name, value in other.items()
-        if value is not None and value is not False and name != "logits_to_keep"
-    }
-    positions = given.pop("position_ids", None)
-    if positions is not None and not torch.equal(
-        positions.expand_as(input_ids), torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    ):
-        given["position_ids"] = positions
-    given.pop("cache_position", None)
-    if use_cache and "past_key_values" in given:
-        given = {"past_key_values": given["past_key_values"]}
-    if given:
-        raise ContractError(
-            f"the parallel program takes no {', '.join(sorted(given))}",
-            why="it is captured for input_ids, attention_mask and labels",
-            remedy="leave them out (use_cache=False for generation)",
-        )
-
-
-def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, keep: bool) -> None:
+def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str, keep: bool) -> None:
     """Replace this rank's pieces in a state dict by whole tensors; where `keep` is False they are gathered and
     dropped.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(prefix + name)
     for p in engine.parameters.placed:
         whole = engine.parameters.full(p)
         for name in names[id(p.master)]:

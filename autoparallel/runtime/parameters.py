@@ -87,6 +87,16 @@ class Parameters:
         grad = placed.master.grad
         return None if grad is None else self._gathered(placed, grad)
 
+    def whole(self, placed: Placed, piece: Tensor) -> Tensor:
+        """The whole of any tensor that is laid out as the parameter, optimizer moments among them (collective)."""
+        return self._gathered(placed, piece) if placed.stages else piece
+
+    def piece(self, placed: Placed, whole: Tensor) -> Tensor:
+        """This rank's piece of a tensor laid out as the whole parameter."""
+        if isinstance(placed.leaf, DTensor):
+            return distribute(whole, placed.leaf)
+        return whole if placed.master.shape == whole.shape else whole.new_empty(placed.master.shape)
+
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
         owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0)
@@ -100,11 +110,7 @@ class Parameters:
     def load(self, placed: Placed, value: Tensor) -> None:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
-            if isinstance(placed.leaf, DTensor):
-                piece = distribute(value.to(placed.leaf.dtype), placed.leaf)
-                placed.master.copy_(piece)
-            elif placed.master.shape == value.shape:
-                placed.master.copy_(value)
+            placed.master.copy_(self.piece(placed, value))
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
@@ -155,7 +161,7 @@ def make_leaves(parameters: Parameters) -> dict[str, nn.Parameter]:
         if parameters.mesh.stage in p.stages:
             p.leaf = leaves[p.name] = nn.Parameter(p.master.data, requires_grad=p.master.requires_grad)
         elif p.stages:
-            p.master.data = torch.empty(0, dtype=p.master.dtype, device=p.master.device)
+            p.master.data = p.master.data.new_empty((0, *p.shape[1:]))
             p.master.grad = None
     return leaves
 

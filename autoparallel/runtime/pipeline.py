@@ -22,6 +22,8 @@ from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.mesh import Mesh
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+MAX_SCHEDULES = 8
+"""Batch shapes whose receive buffers are kept; the oldest goes first."""
 Inputs = dict[str, Tensor]
 
 
@@ -124,6 +126,8 @@ class Pipeline:
             stage.before_backward = self._set_sharding
             # torch's 1F1B wants a micro-batch for every stage; with fewer, GPipe does the same work.
             name = self.strategy.schedule if num_micro_batches >= self.mesh.num_stages else "gpipe"
+            if len(self._schedules) >= MAX_SCHEDULES:
+                self._schedules.pop(next(iter(self._schedules)))
             self._schedules[key] = SCHEDULES[name](stage, num_micro_batches, loss_fn=_loss_is_output, scale_grads=False)
         return self._schedules[key]
 

@@ -5,9 +5,11 @@ everyone adopts.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from loguru import logger
@@ -21,6 +23,7 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.plan import Plan
 from autoparallel.plans.strategy import Constraints
 from autoparallel.runtime.batch import Batch, agree_on_batch
+from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
 from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
@@ -43,6 +46,7 @@ def compile_model(
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
     _check_runnable_dtype(model, dtype)
     ensure_launched(flavor)
+    _share_random_state()
     device = _device(flavor)
     start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
     parallelize(model, start, device=device)
@@ -61,6 +65,7 @@ def compile_model(
 def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
     """Launch, and compile every HF model at the first call that trains it."""
     ensure_launched(flavor)
+    _share_random_state()
     plain_call = PreTrainedModel.__call__
     if getattr(plain_call, "_autoparallel", False):
         raise ConfigError(
@@ -68,8 +73,8 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
         )
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        trains = torch.is_grad_enabled() and kwargs.get("labels") is not None
-        if trains and not isinstance(self, ParallelModule) and not _is_capturing():
+        known = isinstance(self, ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
+        if not known and bind(self.forward, args, kwargs).get("labels") is not None:
             compile_model(
                 self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
             )
@@ -77,6 +82,15 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
 
     call._autoparallel = True  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+
+
+def _share_random_state() -> None:
+    """Give every rank rank 0's random state, so that a script without a seed draws the same everywhere."""
+    state: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    dist.broadcast_object_list(state, src=0)
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 def _is_capturing() -> bool:

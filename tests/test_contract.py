@@ -1,0 +1,197 @@
+"""What a loop may do after the first step, on pieces of a model: either as on one device, or one clear message."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autoparallel.capture.program import capture
+from autoparallel.errors import ContractError
+from autoparallel.plans.strategy import Strategy
+from tests.equality import parallel
+from tests.families import make_batch, make_model
+from tests.ranks import run_ranks
+
+PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
+SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
+
+
+def _stepped(strategy: Strategy, family: str = "llama", **changes: Any) -> nn.Module:
+    model = make_model(family, dtype=torch.float32, **changes)
+    compiled = parallel(model, capture(model), strategy)
+    compiled(**make_batch(4, 8), use_cache=False).loss.backward()
+    return compiled
+
+
+def _forward(model: nn.Module) -> Any:
+    return model(**make_batch(4, 8), use_cache=False)
+
+
+def unfreeze(model: nn.Module) -> None:
+    next(iter(model.parameters())).requires_grad_(False)
+    _forward(model)
+
+
+def replace_head(model: Any) -> None:
+    model.lm_head = nn.Linear(32, 96, bias=False)
+    _forward(model)
+
+
+def rebind(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+    _forward(model)
+
+
+def hook(model: Any) -> None:
+    model.model.norm.register_forward_hook(lambda *a: None)
+    _forward(model)
+
+
+def part_in_eval(model: Any) -> None:
+    model.model.layers[0].eval()
+    _forward(model)
+
+
+def state_of_a_part(model: Any) -> None:
+    model.model.state_dict()
+
+
+def deep_copy(model: nn.Module) -> None:
+    copy.deepcopy(model)
+
+
+def other_device(model: nn.Module) -> None:
+    model.to(torch.float64)
+
+
+def other_inputs(model: nn.Module) -> None:
+    model(inputs_embeds=torch.zeros(4, 8, 32), **make_batch(4, 8))
+
+
+def autocast(model: nn.Module) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _forward(model)
+
+
+def second_backward(model: nn.Module) -> None:
+    loss = _forward(model).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def training_logits(model: nn.Module) -> None:
+    _forward(model).logits.sum()
+
+
+def no_labels(model: nn.Module) -> None:
+    model(input_ids=make_batch(4, 8)["input_ids"])
+
+
+def wrapped_again(model: nn.Module) -> None:
+    torch.nn.parallel.DistributedDataParallel(model)
+
+
+def lbfgs(model: nn.Module) -> None:
+    torch.optim.LBFGS(model.parameters()).step(lambda: _forward(model).loss)
+
+
+REFUSED = [
+    unfreeze, replace_head, rebind, hook, part_in_eval, state_of_a_part, deep_copy, other_device, other_inputs,
+    autocast, second_backward, training_logits, no_labels, wrapped_again, lbfgs,
+]  # fmt: skip
+
+
+def refusals(strategy: Strategy) -> list[str]:
+    """What each habit got, in a fresh model each."""
+    found = []
+    for habit in REFUSED:
+        try:
+            habit(_stepped(strategy))
+            found.append(f"{habit.__name__}: nothing")
+        except ContractError as error:
+            found.append(f"{habit.__name__}: {'refused' if error.what else 'empty'}")
+    return found
+
+
+@pytest.mark.parametrize("strategy", [PIPELINED, SHARDED], ids=["pipelined", "sharded"])
+def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
+    for found in run_ranks(2, refusals, strategy):
+        assert found == [f"{habit.__name__}: refused" for habit in REFUSED]
+
+
+def resumed(strategy: Strategy) -> tuple[list[float], list[float]]:
+    """Losses of two more steps after saving and loading model and optimizer, on one device and in parallel."""
+
+    def loop(model: nn.Module, again: Callable[[], nn.Module]) -> list[float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(2):
+            model(**make_batch(4, 8, seed=step), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        fresh = again()
+        fresh.load_state_dict(weights)
+        optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
+        optimizer.load_state_dict(moments)
+        losses = []
+        for step in range(3):
+            loss = fresh(**make_batch(4, 8, seed=step), use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses
+
+    def make() -> nn.Module:
+        return make_model("qwen2", dtype=torch.float32)
+
+    program = capture(make())
+    plain = loop(make(), make)
+    return plain, loop(parallel(make(), program, strategy), lambda: parallel(make(), program, strategy))
+
+
+@pytest.mark.parametrize("strategy", [PIPELINED, SHARDED], ids=["pipelined", "sharded"])
+def test_a_run_resumes_with_its_optimizer(strategy: Strategy) -> None:
+    for plain, found in run_ranks(2, resumed, strategy):
+        assert found == pytest.approx(plain, rel=1e-5)
+
+
+def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
+    """Numbers that a user takes from a model between steps, on one device and in parallel."""
+
+    def numbers(model: Any) -> list[float]:
+        batch = make_batch(4, 8)
+        (model(**batch, use_cache=False).loss / 2).backward()
+        (model(**make_batch(3, 6, seed=5), use_cache=False)[0] / 2).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found = [float(torch.nn.utils.get_total_norm(grads)), float(model.num_parameters())]
+        found.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=float("inf"))))
+        found.append(float(torch.nn.utils.clip_grad_norm_(list(model.parameters())[:3], 0.05)))
+        with torch.no_grad():
+            found.append(float(model(batch["input_ids"], batch["attention_mask"], None).logits.abs().sum()))
+            found.append(float(model(batch["input_ids"], logits_to_keep=1, use_cache=False).logits.numel()))
+            found.append(
+                float(
+                    model.eval()
+                    .generate(batch["input_ids"][:2], max_new_tokens=4, do_sample=False, use_cache=False)
+                    .sum()
+                )
+            )
+        wrapper = nn.ModuleDict({"inner": model})
+        found.append(float(sum(v.numel() for v in wrapper.state_dict().values())))
+        return found
+
+    model = make_model("llama", dtype=torch.float32)
+    return numbers(copy.deepcopy(model)), numbers(parallel(model, capture(model), strategy))
+
+
+@pytest.mark.parametrize("strategy", [PIPELINED, SHARDED], ids=["pipelined", "sharded"])
+def test_numbers_between_steps_are_those_of_the_whole_model(strategy: Strategy) -> None:
+    for plain, found in run_ranks(2, habits, strategy):
+        assert found == pytest.approx(plain, rel=1e-5)
