@@ -45,7 +45,7 @@ def test_a_large_model_is_captured_without_its_weights() -> None:
     assert sum(p.numel for p in graph.parameters) > 5e9
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *UNSEEN])
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in UNSEEN)])
 def test_attention_is_one_op_with_unexpanded_heads(family: str) -> None:
     graph = capture(make_model(family)).graph
     calls = [op for op in graph.ops() if op.target == ATTENTION_TARGET]

@@ -21,13 +21,6 @@ PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
 
 
-def _stepped(strategy: Strategy, family: str = "llama", **changes: Any) -> nn.Module:
-    model = make_model(family, dtype=torch.float32, **changes)
-    compiled = parallel(model, capture(model), strategy)
-    compiled(**make_batch(4, 8), use_cache=False).loss.backward()
-    return compiled
-
-
 def _forward(model: nn.Module) -> Any:
     return model(**make_batch(4, 8), use_cache=False)
 
@@ -108,11 +101,15 @@ REFUSED = [
 
 
 def refusals(strategy: Strategy) -> list[str]:
-    """What each habit got, in a fresh model each."""
+    """What each habit got, in a fresh model that has made a step."""
     found = []
+    model = make_model("llama", dtype=torch.float32)
+    program = capture(model)
     for habit in REFUSED:
+        compiled = parallel(copy.deepcopy(model), program, strategy)
+        _forward(compiled).loss.backward()
         try:
-            habit(_stepped(strategy))
+            habit(compiled)
             found.append(f"{habit.__name__}: nothing")
         except ContractError as error:
             found.append(f"{habit.__name__}: {'refused' if error.what else 'empty'}")

@@ -219,6 +219,7 @@ def test_equals_one_device(case: Callable[[bool], tuple[Values, Values]]) -> Non
         assert found == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_would_fail_without_its_mend(case: Callable[[bool], tuple[Values, Values]]) -> None:
     if case is broadcast_dtype:  # the garbage is not even in the vocabulary

@@ -105,11 +105,12 @@ def engine_factory(
 
     def start(model: nn.Module, batch: Batch) -> Engine:
         plain = type(model).__mro__[2]
-        parallel, model.__class__ = type(model), plain  # capture sees the user's model
+        parallel, model.__class__ = type(model), plain  # capture sees, and copies, the user's model
+        state = model.__dict__.pop("_parallel")
         try:
             program = capture(model)
         finally:
-            model.__class__ = parallel
+            model.__class__, model.__dict__["_parallel"] = parallel, state
         agree_on_program(program)
         adopted = _agree_on_plan(
             lambda: (
