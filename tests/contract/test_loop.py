@@ -74,9 +74,10 @@ def test_a_family_nobody_wrote_code_for(family: str, references: Any, tmp_path: 
     check(reference, run(reference[0], tmp_path / "out", "--line", "compile", flavor="cpu:2"), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "options", [("--line", "before"), ("--line", "after", "--optimizer-first")], ids=["before", "after"]
-)
+LINES = [pytest.param(("--line", "before"), marks=pytest.mark.slow), ("--line", "after", "--optimizer-first")]
+
+
+@pytest.mark.parametrize("options", LINES, ids=["before", "after"])
 def test_the_one_line(options: tuple[str, ...], references: Any, tmp_path: Path) -> None:
     reference = references("qwen2")
     check(reference, run(reference[0], tmp_path / "out", *options, flavor="cpu:2"), tmp_path / "out")
