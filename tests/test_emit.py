@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.emit.stage import INPUTS, Recomputed, emit_stage, state_tensors
+from autoparallel.emit.stage import INPUTS, Recomputed, emit_stage, readable, state_tensors
 from autoparallel.plans.strategy import StagePlan, Strategy
 from tests.families import make_batch, make_model
 from tests.strategies import even_stages
@@ -46,6 +46,14 @@ def test_recomputation_wraps_blocks_and_leaves_the_ends_alone() -> None:
     assert wrapped == ["segment_1", "segment_2", "segment_3", "segment_4"]
 
 
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_the_text_of_a_stage_holds_its_blocks(recomputation: str) -> None:
+    model = make_model("llama")
+    first, second = (readable(stage) for stage in stages_of(model, capture(model), recomputation))
+    assert first.count("aten.linear.default") == 2 * 7
+    assert second.count("aten.linear.default") == 2 * 7 + 1
+
+
 def test_recomputation_keeps_only_block_inputs() -> None:
     """What autograd holds after a forward: a fraction of what it holds without recomputation."""
     kept = {}
@@ -74,10 +82,10 @@ def test_dropout_follows_train_and_eval() -> None:
     whole = StagePlan(first_segment=0, last_segment=program.graph.num_segments - 1, recomputation="none")
     stage = emit_stage(program, whole, lambda name: tensors[name])
     inputs = {**make_batch(2, 8), "num_items": torch.tensor(5)}
-    losses = {float(stage(**inputs)[0]) for _ in range(3)}
+    losses = {stage(**inputs)[0].item() for _ in range(3)}
     assert len(losses) == 3
     stage.eval()
-    assert len({float(stage(**inputs)[0]) for _ in range(3)}) == 1
+    assert len({stage(**inputs)[0].item() for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

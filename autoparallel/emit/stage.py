@@ -57,6 +57,15 @@ def emit_stage(
     return module
 
 
+def readable(stage: fx.GraphModule) -> str:
+    """The stage as Python text with all its blocks; `print_readable` alone stops at recomputed ones."""
+    parts = [stage.print_readable(print_output=False)]
+    for name, child in stage.named_children():
+        if isinstance(child, Recomputed):
+            parts.append(f"# {name}, recomputed in backward\n{child.block.print_readable(print_output=False)}")
+    return "\n".join(parts)
+
+
 def _move_literals(module: fx.GraphModule, device: torch.device) -> None:
     """Capture writes its own device into nodes that make tensors (positions, masks); they belong where the stage is."""
     if device == _CAPTURED_ON:

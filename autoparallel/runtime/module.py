@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from autoparallel.emit.stage import readable
 from autoparallel.errors import ContractError, WorkerError
 from autoparallel.plans.plan import Plan
 from autoparallel.runtime.batch import Batch, agree_on_batch
@@ -118,15 +119,7 @@ class ParallelModule:
 
     def program(self) -> str:
         """The emitted program of this rank as Python text, blocks included."""
-        stage = self._placed_engine("program").stage
-        parts = [stage.print_readable(print_output=False)]
-        seen: set[str] = set()
-        for name, child in stage.named_modules():
-            if child is not stage and isinstance(child, torch.fx.GraphModule):
-                text = child.print_readable(print_output=False)
-                parts += [] if text in seen else [f"# {name}\n{text}"]
-                seen.add(text)
-        return "\n".join(parts)
+        return readable(self._placed_engine("program").stage)
 
     def print_readable(self) -> str:
         """Print `program()`."""
