@@ -13,17 +13,10 @@ from autoparallel.cost.memory import capacity_bytes, num_in_flight, stage_memory
 from autoparallel.cost.tables import load_table
 from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
+from tests.workloads import MIXED
 
 NUM_BLOCKS = 4
 LAST = NUM_BLOCKS + 1
-MIXED = Precision(
-    compute_dtype="bfloat16",
-    compute_bytes=2,
-    master_bytes=4,
-    separate_compute_copy=True,
-    gradient_bytes=4,
-    optimizer_state_bytes=8,
-)
 
 
 def _cost(saved: int, selective: int, entering: int, workspace: int) -> SegmentCost:

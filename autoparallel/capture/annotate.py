@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
+from autoparallel.capture.attention import Attention
 from autoparallel.capture.export import Exported
-from autoparallel.capture.segments import assign_segments, module_path
+from autoparallel.capture.segments import Segments, module_path
 from autoparallel.ir.dims import Dim
 from autoparallel.ir.graph import Graph, Op, Parameter, SavedTensor, TensorSpec
 
 
-def annotate(exported: Exported) -> Graph:
-    """The cost-annotated DAG of an exported training forward."""
-    return _Annotator(exported).graph()
+def annotate(exported: Exported, segments: Segments, names: dict[str, str]) -> Graph:
+    """The cost-annotated DAG of an exported training forward; `names` are canonical parameter names by attribute."""
+    return _Annotator(exported, segments, names).graph()
 
 
 class _Annotator:
-    def __init__(self, exported: Exported) -> None:
-        self.exported = exported
+    def __init__(self, exported: Exported, segments: Segments, names: dict[str, str]) -> None:
+        self.exported, self.segments, self.names = exported, segments, names
         self.module = exported.module
-        self.segments, self.num_segments = assign_segments(self.module, exported.twin)
-        self.names = canonical_parameter_names(exported)
+        self.num_segments = max(s for s in segments.values() if s is not None) + 1
         self.symbols = _symbol_names(self.module)
         self.observed = _Observer(self).run()
         self.free_keys: dict[fx.Node, str] = {}
@@ -245,26 +245,9 @@ class _Observer(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.autoparallel.attention.default:
-            query, key, value, _, scale, _, softcap, dropout = args
-            return lowered_attention(query, key, value, scale=scale, softcap=softcap, dropout=dropout)
+            query, key, value, _, scale, _, softcap, dropout = args  # priced unpadded; a window's mask is added later
+            return Attention(scale=scale, window=0, softcap=softcap, dropout=dropout)(query, key, value, None)
         return super().call_function(target, args, kwargs)
-
-
-def lowered_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float, dropout: float
-) -> Tensor:
-    """The unpadded, unwindowed case of `emit.attention.Attention`: what autograd keeps of it is what will be kept."""
-    if softcap:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = torch.softmax(scores.masked_fill(future, float("-inf")), -1)
-        return (torch.dropout(weights, dropout, True) @ value).transpose(1, 2).contiguous()
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2).contiguous()
 
 
 def canonical_parameter_names(exported: Exported) -> dict[str, str]:

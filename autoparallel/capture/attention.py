@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -52,7 +53,7 @@ def attention(
     softcap: float,  # 0 for none
     dropout: float,
 ) -> Tensor:  # [batch, seq, heads, value_dim]
-    """Causal attention. Only ever captured: the emitter replaces it by `emit.attention.Attention`."""
+    """Causal attention. Only ever captured: the emitter replaces it by `Attention` below."""
     raise AssertionError("autoparallel::attention is lowered before it runs")
 
 
@@ -86,7 +87,7 @@ def _(attention_mask: Tensor, window: int) -> Tensor:
 
 
 def _attention_layer(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -164,3 +165,61 @@ def captured_attention() -> Iterator[Recording]:
         _recording.reset(token)
         AttentionInterface._global_mapping.pop(NAME, None)
         AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+class Attention(nn.Module):
+    """What the op is lowered to, both priced and emitted: causal flash attention where nothing is padded
+    or windowed, masked sdpa elsewhere. Dropout follows `train()` and `eval()`.
+    """
+
+    def __init__(self, *, scale: float, window: int, softcap: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.window, self.softcap, self.dropout = scale, window, softcap, dropout
+
+    def forward(
+        self,
+        query: Tensor,  # [batch, heads, seq, head_dim]
+        key: Tensor,  # [batch, kv_heads, seq, head_dim]
+        value: Tensor,  # [batch, kv_heads, seq, value_dim]
+        padding: Tensor | None,  # [batch, seq], True where a token is real; None when all are
+    ) -> Tensor:  # [batch, seq, heads, value_dim]
+        dropout = self.dropout if self.training else 0.0
+        mask = self.mask(query.shape[2], padding, query.device)
+        if self.softcap:
+            out = self.capped(query, key, value, mask, dropout)
+        else:
+            grouped = query.shape[1] != key.shape[1]
+            out = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout_p=dropout, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+            )
+        return out.transpose(1, 2).contiguous()
+
+    def mask(self, seq: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+        """[batch or 1, 1, seq, seq], True where a query may look; None for plain causal attention."""
+        windowed = 0 < self.window < seq
+        if padding is None and not windowed:
+            return None
+        position = torch.arange(seq, device=device)
+        seen = position[:, None] >= position[None, :]
+        if windowed:
+            seen &= position[:, None] - position[None, :] < self.window
+        return seen[None, None] if padding is None else seen[None, None] & padding[:, None, None, :]
+
+    def capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Scores squashed by `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); no fused kernel does
+        that.
+        """
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = self.softcap * torch.tanh(query @ key.transpose(2, 3) * (self.scale / self.softcap))
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        weights = torch.softmax(
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min),
+            -1,
+            dtype=torch.promote_types(scores.dtype, torch.float32),
+        )
+        return F.dropout(weights.to(value.dtype), dropout) @ value
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, window={self.window}, softcap={self.softcap}, dropout={self.dropout}"

@@ -28,12 +28,12 @@ class Program:
 
     @cached_property
     def graph(self) -> Graph:
-        return annotate(self.exported)
+        return annotate(self.exported, self.segments, self.parameter_names)
 
     @cached_property
     def segments(self) -> Segments:
         """The segment of every node; None for free ones."""
-        return assign_segments(self.module, self.exported.twin)[0]
+        return assign_segments(self.module, self.exported.twin)
 
     @cached_property
     def parameter_names(self) -> dict[str, str]:
@@ -43,7 +43,11 @@ class Program:
     def buffer_name(self, attribute: str) -> str | None:
         """The name in `named_buffers()` of the model, or None for a constant of the program itself."""
         name = attribute.removeprefix("model.")
-        return name if name in dict(self.exported.twin.named_buffers(remove_duplicate=False)) else None
+        return name if name in self._buffer_names else None
+
+    @cached_property
+    def _buffer_names(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.exported.twin.named_buffers(remove_duplicate=False))
 
 
 def capture(model: Any, *, dtype: torch.dtype | None = None) -> Program:

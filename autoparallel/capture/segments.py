@@ -45,8 +45,8 @@ def free_nodes(module: fx.GraphModule) -> set[fx.Node]:
     return free
 
 
-def assign_segments(module: fx.GraphModule, model: nn.Module) -> tuple[Segments, int]:
-    """The segment of every op node, and the number of segments (at least 2: before and after the blocks)."""
+def assign_segments(module: fx.GraphModule, model: nn.Module) -> Segments:
+    """The segment of every op node: 0 before the blocks, the last one after them."""
     free = free_nodes(module)
     prefix = block_list(model)
     fixed = _runs(module, free, prefix + "." if prefix else "\0")
@@ -65,7 +65,7 @@ def assign_segments(module: fx.GraphModule, model: nn.Module) -> tuple[Segments,
         # goes as late as its users allow.
         in_front = earliest[node] == 0 and node in fed
         segments[node] = fixed[node] if node in fixed else (0 if in_front else latest[node])
-    return segments, last + 1
+    return segments
 
 
 def _runs(module: fx.GraphModule, free: set[fx.Node], prefix: str) -> dict[fx.Node, int]:

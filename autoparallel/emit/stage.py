@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoparallel.capture.attention import ATTENTION_TARGET
+from autoparallel.capture.attention import ATTENTION_TARGET, Attention
 from autoparallel.capture.program import Program
-from autoparallel.emit.attention import Attention
 from autoparallel.plans.strategy import StagePlan
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")

@@ -23,22 +23,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autoparallel.errors import ContractError
 from autoparallel.runtime.parameters import Parameters, Placed
 
-_live: weakref.WeakSet[_Watch] = weakref.WeakSet()
+_live: weakref.WeakSet[Parameters] = weakref.WeakSet()
 
 
-class _Watch:
-    """Parameters whose gradients are spread over ranks."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-
-
-def watch(parameters: Parameters) -> _Watch:
-    """Mend torch's functions for these parameters, for as long as the returned object lives."""
+def watch(parameters: Parameters) -> None:
+    """Mend torch's functions for these parameters, whose gradients are spread over ranks, for as long as they live."""
     _mend_torch()
-    entry = _Watch(parameters)
-    _live.add(entry)
-    return entry
+    _live.add(parameters)
 
 
 @cache
@@ -56,9 +47,9 @@ def _mend_torch() -> None:
 def _weights_of_ours() -> dict[int, bool]:
     """For every gradient of ours, whether this rank's piece counts."""
     return {
-        id(p.master.grad): entry.parameters.counts_once(p)
-        for entry in _live
-        for p in entry.parameters.placed
+        id(p.master.grad): parameters.counts_once(p)
+        for parameters in _live
+        for p in parameters.placed
         if p.master.grad is not None
     }
 
@@ -119,7 +110,7 @@ _GLOBAL = {"LBFGS"}
 
 
 def _ours() -> dict[int, tuple[Parameters, Placed]]:
-    return {id(p.master): (entry.parameters, p) for entry in _live for p in entry.parameters.placed}
+    return {id(p.master): (parameters, p) for parameters in _live for p in parameters.placed}
 
 
 def _whole_state(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -57,7 +57,7 @@ class Engine:
         self.loss_dtype = getattr(torch, loss_spec.dtype)
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
-        self._watch = watch(self.parameters)
+        watch(self.parameters)
         self.fingerprint = Fingerprint(model, self.parameters)
         self._gathers = False
         for part in model.modules():

@@ -8,6 +8,7 @@ with the leaves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class Placed:
         return local(grad)
 
 
-@dataclass
+@dataclass(eq=False)
 class Parameters:
     """All parameters of the model, in its own order."""
 
@@ -174,14 +175,10 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
     """
     mesh = parameters.mesh.device_mesh["dp_shard"]
     give_back = distribute_param == 3
-    owners: dict[int, int] = {}
     children = [child for child in stage.children() if any(True for _ in child.parameters())]
+    holders = Counter(id(leaf) for child in children for leaf in child.parameters())
     for child in children:
-        for leaf in set(child.parameters()):
-            owners[id(leaf)] = owners.get(id(leaf), 0) + 1
-    leaf_names = {id(p.leaf): p for p in parameters.placed if p.leaf is not None}
-    for child in children:
-        if all(owners[id(leaf)] == 1 for leaf in child.parameters()):
+        if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
             fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
     fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
@@ -191,7 +188,6 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _adopt_shards(stage, parameters)
-    assert all(isinstance(p.leaf, DTensor) for p in leaf_names.values())
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:

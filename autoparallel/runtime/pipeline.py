@@ -43,7 +43,7 @@ class Pipeline:
         self.stage, self.strategy, self.mesh, self.device = stage, strategy, mesh, device
         self.entering, self.leaving = entering, leaving
         self.is_last = mesh.stage == mesh.num_stages - 1
-        self._schedules: dict[tuple[int, int], Any] = {}
+        self._schedules: dict[tuple[int, int, int], Any] = {}
 
     def train(self, micro_batches: list[Inputs]) -> Tensor | None:
         """Forward and backward of all micro-batches; the summed loss on the last stage, None elsewhere."""
@@ -110,7 +110,7 @@ class Pipeline:
         """One schedule per batch shape: its receive buffers have fixed sizes. Shapes come from the graph, none is
         inferred at run time.
         """
-        key = (num_micro_batches, rows * (1 << 32) + seq)
+        key = (num_micro_batches, rows, seq)
         if key not in self._schedules:
             arguments = [self._empty(spec, rows, seq).requires_grad_(spec.requires_grad) for spec in self.entering]
             results = [self._empty(spec, rows, seq).requires_grad_(spec.requires_grad) for spec in self.leaving]
