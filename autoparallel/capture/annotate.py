@@ -7,6 +7,8 @@ the attention op already in the form it is emitted in, so any operator of any fa
 from __future__ import annotations
 
 import hashlib
+import operator
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -18,7 +20,7 @@ from autoparallel.capture.attention import Attention
 from autoparallel.capture.export import Exported
 from autoparallel.capture.segments import Segments, module_path
 from autoparallel.ir.dims import Dim
-from autoparallel.ir.graph import Graph, Op, Parameter, SavedTensor, TensorSpec
+from autoparallel.ir.graph import Argument, Graph, Op, Parameter, Ref, SavedTensor, TensorSpec
 
 
 def annotate(exported: Exported, segments: Segments, names: dict[str, str]) -> Graph:
@@ -50,6 +52,7 @@ class _Annotator:
             parameters=self.parameters(),
             segment_classes=classes,
             boundaries=self.boundaries(),
+            outputs=self.outputs(),
             model_name=str(getattr(getattr(twin, "config", None), "_name_or_path", "") or type(twin).__name__),
             architecture=type(twin).__name__,
             fingerprint=digest,
@@ -57,19 +60,20 @@ class _Annotator:
         )
 
     def op(self, node: fx.Node) -> Op:
-        tensors: list[fx.Node] = []  # in argument order, repeated when an op takes one tensor twice
-        fx.node.map_arg((node.args, node.kwargs), lambda n: tensors.append(n) if self.is_tensor(n) else None)
+        inputs: list[TensorSpec] = []  # in argument order, repeated when an op takes one tensor twice
+        arguments = tuple((name, self.argument(value, inputs, of=node)) for name, value in named_arguments(node))
         value = node.meta.get("val")
         outputs = [v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, Tensor)]
         stack = (node.meta.get("stack_trace") or "").strip().splitlines()
         return Op(
             name=node.name,
             target=str(node.target),
-            inputs=tuple(self.spec(n) for n in tensors),
+            inputs=tuple(inputs),
             outputs=tuple(self.tensor_spec(node.name, v, node) for v in outputs),
-            attributes=self.attributes(node),
+            arguments=arguments,
             segment=self.segments.get(node),
             is_view=node in self.observed.views,
+            is_pointwise=_is_pointwise(node.target),
             saved=tuple(self.observed.saved.get(node, ())),
             module=module_path(node),
             source=stack[-2].strip() if len(stack) > 1 else "",
@@ -90,24 +94,25 @@ class _Annotator:
         expression = size.node.expr.xreplace(self.symbols)
         return int(expression) if expression.is_Integer else str(PythonPrinter().doprint(expression))
 
-    def attributes(self, node: fx.Node) -> tuple[tuple[str, str], ...]:
-        """Non-tensor arguments by schema name; positions for plain functions."""
-        schema = getattr(node.target, "_schema", None)
-        names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(node.args))]
-        items = [*zip(names, node.args, strict=False), *node.kwargs.items()]
-        return tuple((name, self.text(value)) for name, value in items if not self.is_tensor(value))
+    def argument(self, value: Any, inputs: list[TensorSpec], *, of: fx.Node | None = None) -> Argument:
+        """`value` as data; a tensor is appended to `inputs`. What `of` picks from several tensors is that tensor."""
+        picked = of.meta["val"] if of is not None and of.target is operator.getitem else None
+        if isinstance(value, fx.Node) and isinstance(picked, Tensor):
+            inputs.append(self.tensor_spec(value.name, picked, value))
+            return Ref(len(inputs) - 1)
+        if self.is_tensor(value):
+            inputs.append(self.spec(value))
+            return Ref(len(inputs) - 1)
+        if isinstance(value, (list, tuple)):
+            return tuple(self.argument(item, inputs) for item in value)
+        if isinstance(value, fx.Node):
+            size = value.meta.get("val")
+            return self.dim(size) if isinstance(size, (int, torch.SymInt)) else "*"
+        return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
     @staticmethod
     def is_tensor(value: Any) -> bool:
         return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
-
-    def text(self, value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join("*" if self.is_tensor(v) else self.text(v) for v in value) + "]"
-        if isinstance(value, fx.Node):
-            result = value.meta.get("val")
-            return str(self.dim(result)) if isinstance(result, (int, torch.SymInt)) else "*"
-        return str(value)
 
     def parameters(self) -> tuple[Parameter, ...]:
         users: dict[str, set[int]] = {}
@@ -129,6 +134,11 @@ class _Annotator:
             for later in range(segment + 1, last_use + 1):
                 entering[later].append(self.spec(node))
         return tuple(tuple(specs) for specs in entering)
+
+    def outputs(self) -> tuple[str, str]:
+        output = next(node for node in self.module.graph.nodes if node.op == "output")
+        loss, logits = output.args[0]
+        return loss.name, logits.name
 
     def segment_classes(self) -> tuple[tuple[int, ...], str]:
         """A class per segment, equal ones sharing it, and the fingerprint of the whole program."""
@@ -163,9 +173,20 @@ class _Annotator:
             )
             if kind == "outside" and parent in self.free_keys:
                 kind = self.free_keys[parent]
-            shape = [self.dim(s) for s in value.shape] if isinstance(value, Tensor) else self.text(parent)
+            shape = [self.dim(s) for s in value.shape] if isinstance(value, Tensor) else self.argument(parent, [])
             origins.append(f"{kind}:{shape}:{getattr(value, 'dtype', '')}:{parent in self.observed.differentiable}")
-        return f"{node.target}({', '.join(origins)}) {self.attributes(node)}"
+        arguments = [(name, self.argument(value, [])) for name, value in named_arguments(node)]
+        return f"{node.target}({', '.join(origins)}) {arguments}"
+
+
+def named_arguments(node: fx.Node) -> list[tuple[str, Any]]:
+    """Arguments by schema name; those of `getitem` are called `value` and `index`."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        names = [argument.name for argument in schema.arguments]
+    else:
+        names = ["value", "index"] if node.target is operator.getitem else [str(i) for i in range(len(node.args))]
+    return [*zip(names, node.args, strict=False), *node.kwargs.items()]
 
 
 class _Observer(fx.Interpreter):
@@ -204,6 +225,11 @@ class _Observer(fx.Interpreter):
         self.saved.setdefault(self.current, []).append(entry)
         return tensor
 
+    def keeps_result(self, node: fx.Node, key: int) -> None:
+        """An op that keeps its own result (softmax, rsqrt) was seen keeping it before it returned it."""
+        hidden, self.owner[key] = self.owner[key], node.name
+        self.saved[node] = [replace(s, storage=node.name) if s.storage == hidden else s for s in self.saved[node]]
+
     def transposed_parameter(self, tensor: Tensor) -> str | None:
         """A linear's saved weight: its fake transpose does not share the weight's storage, as the real one does."""
         assert self.current is not None
@@ -225,10 +251,12 @@ class _Observer(fx.Interpreter):
                 continue
             self.alive.append(value)
             key = value.untyped_storage()._cdata
-            if key in self.owner and n.op == "call_function":
-                self.views.add(n)
             name = self.annotator.names.get(str(n.target), str(n.target)) if n.op == "get_attr" else n.name
-            self.owner.setdefault(key, name)
+            owner = self.owner.setdefault(key, name)
+            if owner.startswith(f"{n.name}:"):
+                self.keeps_result(n, key)
+            elif owner != name and n.op == "call_function":
+                self.views.add(n)
             if value.requires_grad:
                 self.differentiable.add(n)
         return result
@@ -248,6 +276,16 @@ class _Observer(fx.Interpreter):
             query, key, value, _, scale, _, softcap, dropout = args  # priced unpadded; a window's mask is added later
             return Attention(scale=scale, window=0, softcap=softcap, dropout=dropout)(query, key, value, None)
         return super().call_function(target, args, kwargs)
+
+
+# Pointwise in effect, though torch does not tag them so: they copy or rename.
+_COPIES = {"to", "_to_copy", "contiguous", "clone", "alias", "detach", "dropout", "type_as", "lift_fresh_copy"}
+
+
+def _is_pointwise(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or target._schema.name.removeprefix("aten::") in _COPIES
 
 
 def canonical_parameter_names(exported: Exported) -> dict[str, str]:

@@ -9,13 +9,14 @@ whole batch.
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -214,10 +215,73 @@ def _clean(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.op == "call_function" and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
             _inline_no_grad(module, node)
+    _make_functional(module)
+    _slice_by_constants(module)
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     module.recompile()
+
+
+def _make_functional(module: fx.GraphModule) -> None:
+    """Replace in-place operators whose input nobody reads afterwards by the ones that return a new tensor."""
+    seen: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        seen.add(node)
+        functional = _functional(node)
+        if functional is not None and all(user in seen for user in _readers(node.args[0])):
+            node.target = functional
+
+
+def _slice_by_constants(module: fx.GraphModule) -> None:
+    """`x[..., [k], :]` is `x[..., k : k + 1, :]`: a view instead of a copy, and its bounds are known."""
+    for node in list(module.graph.nodes):
+        if str(node.target) != "aten.index.Tensor":
+            continue
+        source, picked = node.args
+        positions = [k for k, index in enumerate(picked) if index is not None]
+        constant = _constant(module, picked[positions[0]]) if len(positions) == 1 else None
+        if constant is None or constant.shape != (1,) or constant.dtype != torch.long:
+            continue
+        dim = positions[0]
+        first = int(constant) % source.meta["val"].shape[dim]
+        node.target, node.args = torch.ops.aten.slice.Tensor, (source, dim, first, first + 1)
+
+
+def _constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of a constant of the program, behind copies of it."""
+    while str(node.target) in ("aten.lift_fresh_copy.default", "aten.detach_.default", "aten.detach.default"):
+        (node,) = node.all_input_nodes
+    value = operator.attrgetter(str(node.target))(module) if node.op == "get_attr" else None
+    known = isinstance(value, torch.Tensor) and not isinstance(value, (FakeTensor, torch.nn.Parameter))
+    return value if known else None
+
+
+def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
+    """`aten.add.Tensor` for a node of `aten.add_.Tensor`."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.name.endswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, node.target._overloadname, None)
+
+
+def _readers(tensor: Any) -> set[fx.Node]:
+    """Every node that reads the storage of `tensor`, through any view of it."""
+    base = tensor
+    while _is_view(base):
+        base = base.args[0]
+    aliases, readers = [base], set[fx.Node]()
+    while aliases:
+        users = set(aliases.pop().users)
+        aliases += [user for user in users - readers if _is_view(user)]
+        readers |= users
+    return readers
+
+
+def _is_view(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    aliased = schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return aliased or (node.target is operator.getitem and _is_view(node.args[0]))
 
 
 def _inline_no_grad(module: fx.GraphModule, call: fx.Node) -> None:

@@ -13,7 +13,7 @@ from autoparallel.cost.tables import CostTable
 from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
-from autoparallel.ir.ops import ATTENTION, Flops, contracted_inputs, flops
+from autoparallel.ir.ops import ATTENTION, Flops, attention_window, contracted_inputs, flops
 
 # Lookups touch as many rows of their first operand as they return, not the whole table.
 LOOKUPS = {"aten.embedding.default", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default"}
@@ -170,7 +170,7 @@ def _saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> 
     kept = {
         s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage in made - entering
     }
-    windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < int(op.attribute("window", "0")) < seq)
+    windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < attention_window(op) < seq)
     return sum(kept.values()) + windowed
 
 

@@ -1,5 +1,5 @@
 """Program + StagePlan -> one fx GraphModule: a graph of block GraphModules, so that recomputation and sharding apply
-per block.
+per block. What a block holds is what `tensor_parallel` lowered: the ops that were priced, one node each.
 
 Free nodes (masks, positions, rotary tables, sizes) are computed at the top of every stage that needs them; blocks take
 them as arguments. Attention and dropout become submodules that follow `train()` and `eval()`.
@@ -7,7 +7,9 @@ them as arguments. Attention and dropout become submodules that follow `train()`
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -15,13 +17,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoparallel.capture.annotate import named_arguments
 from autoparallel.capture.attention import ATTENTION_TARGET, Attention
 from autoparallel.capture.program import Program
+from autoparallel.emit.collectives import FUNCTIONS
+from autoparallel.emit.randomness import Apart
+from autoparallel.ir.graph import Argument, Op, Ref
 from autoparallel.plans.strategy import StagePlan
+from autoparallel.tensor_parallel.lower import LoweredSegment
+from autoparallel.tensor_parallel.splits import TensorParallel
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")
 """Keyword inputs of every stage. `padding` is the boolean attention mask, or None when no token is padding."""
 
+DROPOUT = "aten.dropout.default"
 _CAPTURED_ON = torch.device("cpu")
 
 Tensors = Callable[[str], Tensor]
@@ -41,15 +50,31 @@ class Recomputed(nn.Module):
         return checkpoint(self.block, *args, use_reentrant=False)
 
 
+@dataclass(frozen=True)
+class Member:
+    """This rank's place in its tensor-parallel group, and how the plan splits segments over it."""
+
+    split: TensorParallel = field(default_factory=TensorParallel)
+    rank: int = 0
+    group: str = "tensor_parallel"
+    """Name of the process group that the emitted collectives run on."""
+
+
 def emit_stage(
-    program: Program, stage: StagePlan, tensors: Tensors, *, device: torch.device = _CAPTURED_ON
+    program: Program,
+    stage: StagePlan,
+    tensors: Tensors,
+    *,
+    member: Member = Member(),
+    device: torch.device = _CAPTURED_ON,
 ) -> fx.GraphModule:
     """The module of one stage: takes the hidden states of the one before it and `INPUTS`; returns what the next one
     takes.
 
-    The last stage returns (loss, logits), the loss being its micro-batch's share of the whole batch's loss.
+    The last stage returns (loss, logits), the loss being its micro-batch's share of the whole batch's loss, the logits
+    this rank's part of the vocabulary.
     """
-    module = _StageEmitter(program, stage, tensors).emit()
+    module = _StageEmitter(program, stage, tensors, member).emit()
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             _move_literals(part, device)
@@ -83,8 +108,8 @@ def boundary_names(program: Program, segment: int) -> list[str]:
 
 
 class _StageEmitter:
-    def __init__(self, program: Program, stage: StagePlan, tensors: Tensors) -> None:
-        self.program, self.stage, self.tensors = program, stage, tensors
+    def __init__(self, program: Program, stage: StagePlan, tensors: Tensors, member: Member) -> None:
+        self.program, self.stage, self.tensors, self.member = program, stage, tensors, member
         self.nodes = {node.name: node for node in program.module.graph.nodes}
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
@@ -106,16 +131,15 @@ class _StageEmitter:
 
     def outputs(self) -> Any:
         last = self.stage.last_segment
-        if last < self.program.graph.num_segments - 1:
-            return tuple(self.value(self.nodes[name]) for name in boundary_names(self.program, last + 1))
-        output = next(node for node in self.nodes.values() if node.op == "output")
-        return fx.node.map_arg(output.args[0], self.value)
+        graph = self.program.graph
+        names = boundary_names(self.program, last + 1) if last < graph.num_segments - 1 else graph.outputs
+        return tuple(self.value(self.nodes[name]) for name in names)
 
     def emit_segment(self, segment: int) -> None:
-        nodes = [node for node in self.program.module.graph.nodes if self.program.segments.get(node) == segment]
-        if not nodes:
+        lowered = self.member.split.lowered(self.program.graph, segment, rank=self.member.rank)
+        if not lowered.ops:
             return
-        block, arguments, results = _BlockEmitter(self, nodes).emit(f"Segment{segment}")
+        block, arguments, results = _BlockEmitter(self, segment, lowered).emit(f"Segment{segment}")
         name = f"segment_{segment}"
         inner = 0 < segment < self.program.graph.num_segments - 1
         self.root[name] = Recomputed(block) if inner and self.stage.recomputation == "full" else block
@@ -161,82 +185,170 @@ def _item(values: tuple[Any, ...], index: int) -> Any:
 
 
 class _BlockEmitter:
-    """One segment as a GraphModule of its own; what it reads from outside becomes its arguments."""
+    """One lowered segment as a GraphModule of its own; what it reads from outside becomes its arguments."""
 
-    def __init__(self, stage: _StageEmitter, nodes: list[fx.Node]) -> None:
-        self.stage, self.nodes = stage, nodes
-        self.inside = set(nodes)
-        self.graph = fx.Graph()
+    def __init__(self, stage: _StageEmitter, segment: int, lowered: LoweredSegment) -> None:
+        self.stage, self.lowered, self.member = stage, lowered, stage.member
+        self.originals = {op.name: op for op in stage.program.graph.segment_ops(segment)}
         self.root: dict[str, Any] = {}
-        self.env: dict[fx.Node, fx.Node] = {}
+        self.body = fx.Graph()
+        self.values: dict[str, fx.Node] = {}
         self.arguments: list[fx.Node] = []
 
     def emit(self, class_name: str) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
-        results = [node for node in self.nodes if self.is_used_outside(node)]
-        body = [(node, self.lower(node)) for node in self.nodes]
-        for node, copy in body:
-            self.env[node] = copy(node)
-        returned = tuple(self.env[node] for node in results)
-        self.graph.output(returned[0] if len(returned) == 1 else returned)
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph, class_name=class_name), self.arguments, results
+        for op in self.lowered.ops:
+            self.values[op.name] = self.node(op)
+        results = [self.stage.nodes[name] for name in self.lowered.results]
+        returned = tuple(self.values[value.name] for value in self.lowered.results.values())
+        self.body.output(returned[0] if len(returned) == 1 else returned)
+        self.body.lint()
+        return fx.GraphModule(self.root, self.body, class_name=class_name), self.arguments, results
 
-    def is_used_outside(self, node: fx.Node) -> bool:
-        return any(user not in self.inside for user in node.users)
+    def node(self, op: Op) -> fx.Node:
+        """The node that computes a lowered op."""
+        if op.target == ATTENTION_TARGET:
+            return self.attention(op)
+        if op.target == DROPOUT:
+            return self.dropout(op)
+        if op.target in FUNCTIONS:
+            return self.tensor_parallel(op)
+        captured = self.stage.nodes.get(op.name)
+        original = self.originals.get(op.name)
+        if captured is not None and original is not None and original.target == op.target:
+            return self.copied(op, original, captured)
+        operator = attrgetter(op.target)(torch.ops)
+        node = self.body.call_function(operator, *self.called(op, dict(op.arguments)))
+        node.meta = dict(captured.meta) if captured is not None else {}
+        return node
 
-    def lower(self, node: fx.Node) -> Callable[[fx.Node], fx.Node]:
-        if str(node.target) == ATTENTION_TARGET:
-            return self.attention
-        if str(node.target) == "aten.dropout.default":
-            return self.dropout
-        return lambda n: self.graph.node_copy(n, self.value)
+    def copied(self, op: Op, original: Op, captured: fx.Node) -> fx.Node:
+        """The captured node with this rank's literals; what has no local form (dtypes, sizes) is taken as it was."""
+        given = dict(named_arguments(captured))
+        wholes = dict(original.arguments)
+        local = {name: self.literal(value, wholes[name], given[name]) for name, value in op.arguments}
+        node = self.body.call_function(captured.target, *self.called(op, local))  # type: ignore[arg-type]
+        node.meta = dict(captured.meta)
+        return node
 
-    def attention(self, node: fx.Node) -> fx.Node:
-        query, key, value, padding, scale, window, softcap, dropout = node.args
-        module = Attention(scale=scale, window=window, softcap=softcap, dropout=dropout)  # type: ignore[arg-type]
-        if isinstance(padding, fx.Node):
-            padding = self.padding(padding)
-        return self.module(node, module, (self.value(query), self.value(key), self.value(value), padding))  # type: ignore[arg-type]
+    def literal(self, local: Argument, whole: Argument, given: Any) -> Any:
+        if isinstance(local, Ref):
+            return local
+        if local == whole:
+            return self.mapped(given, local)
+        if isinstance(local, tuple) and isinstance(whole, tuple):
+            return tuple(self.literal(n, w, g) for n, w, g in zip(local, whole, given, strict=True))
+        if isinstance(local, str):
+            return self.body.call_function(operator.floordiv, (self.mapped(given, whole), self.member.split.degree))
+        return local
 
-    def padding(self, node: fx.Node) -> fx.Node:
+    def mapped(self, given: Any, value: Argument) -> Any:
+        """A captured argument, its tensors as `Ref`s and its sizes as nodes of this block."""
+        if isinstance(value, tuple) and isinstance(given, (tuple, list)):
+            return tuple(self.mapped(g, v) for g, v in zip(given, value, strict=True))
+        if isinstance(value, Ref):
+            return value
+        return self.outside(given) if isinstance(given, fx.Node) else given
+
+    def called(self, op: Op, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs): arguments by position as far as the schema's order allows."""
+        values = {name: self.resolved(value, op) for name, value in arguments.items()}
+        schema = getattr(self.operator(op), "_schema", None)
+        names = [a.name for a in schema.arguments if not a.kwarg_only] if schema else list(values)
+        positional = []
+        for name in names:
+            if name not in values:
+                break
+            positional.append(values.pop(name))
+        return tuple(positional), values
+
+    def operator(self, op: Op) -> Any:
+        captured = self.stage.nodes.get(op.name)
+        if captured is not None and str(captured.target) == op.target:
+            return captured.target
+        return attrgetter(op.target)(torch.ops)
+
+    def resolved(self, value: Any, op: Op) -> Any:
+        """`Ref`s replaced by the nodes that hold the op's inputs."""
+        if isinstance(value, Ref):
+            return self.input(op, value.index)
+        return [self.resolved(item, op) for item in value] if isinstance(value, tuple) else value
+
+    def input(self, op: Op, index: int) -> fx.Node:
+        """The node of an input: made in this block, a parameter, or an argument of the block."""
+        name = op.inputs[index].name
+        if name not in self.values:
+            self.values[name] = self.parameter(name) or self.outside(self.stage.nodes[name])
+        return self.values[name]
+
+    def parameter(self, name: str) -> fx.Node | None:
+        if name not in self.lowered.parameters:
+            return None
+        self.root[name] = self.stage.tensors(name)
+        return self.at_top(lambda: self.body.get_attr(name))
+
+    def outside(self, node: fx.Node) -> fx.Node:
+        """A tensor of another segment, a free one, or a buffer."""
+        if node.name not in self.values:
+            if node.op == "get_attr":
+                name = self.stage.attribute(node)
+                self.root[name] = self.stage.tensors(name)
+                self.values[node.name] = self.at_top(lambda: self.body.get_attr(name))
+            else:
+                self.arguments.append(node)
+                self.values[node.name] = self.at_top(lambda: self.body.placeholder(node.name))
+                self.values[node.name].meta = dict(node.meta)
+        return self.values[node.name]
+
+    def at_top(self, make: Callable[[], fx.Node]) -> fx.Node:
+        """Placeholders in the order of `arguments`, then attributes, then the ops."""
+        first = next((n for n in self.body.nodes if n.op not in ("placeholder", "get_attr")), None)
+        if first is None:
+            return make()
+        with self.body.inserting_before(first):
+            return make()
+
+    def tensor_parallel(self, op: Op) -> fx.Node:
+        """A conversion, or an op that communicates itself."""
+        given = {name: self.resolved(value, op) for name, value in op.arguments}
+        tensors = tuple(given.pop(name) for name, value in op.arguments if isinstance(value, Ref))
+        member: dict[str, Any] = {
+            "group": self.member.group,
+            "rank": self.member.rank,
+            "degree": self.member.split.degree,
+        }
+        return self.body.call_function(FUNCTIONS[op.target], tensors, {**given, **member})
+
+    def attention(self, op: Op) -> fx.Node:
+        given: dict[str, Any] = dict(op.arguments)
+        module = Attention(**{name: given[name] for name in ("scale", "window", "softcap", "dropout")})
+        padding = given["padding"]
+        tensors = [self.resolved(given[name], op) for name in ("query", "key", "value")]
+        return self.module(
+            op, module, (*tensors, self.padding(op, padding.index) if isinstance(padding, Ref) else None)
+        )
+
+    def padding(self, op: Op, index: int) -> fx.Node:
         """The stage's `padding` input where the model's padding is just the attention mask, so that None reaches the
         fast path.
         """
+        node = self.stage.nodes[op.inputs[index].name]
         if not self.stage.padding_source(node):
-            return self.value(node)
+            return self.input(op, index)
         source = self.stage.inputs["padding"]
         self.stage.env.setdefault(source, source)
-        return self.argument(source)
+        return self.outside(source)
 
-    def dropout(self, node: fx.Node) -> fx.Node:
-        value, probability, _ = node.args
-        assert isinstance(value, fx.Node)
+    def dropout(self, op: Op) -> fx.Node:
+        probability = op.argument("p")
         if probability == 0.0:
-            return self.value(value)
-        return self.module(node, nn.Dropout(probability), (self.value(value),))  # type: ignore[arg-type]
+            return self.input(op, 0)
+        return self.module(op, nn.Dropout(probability), (self.input(op, 0),))  # type: ignore[arg-type]
 
-    def module(self, node: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
-        self.root[node.name] = module
-        call = self.graph.call_module(node.name, args)
-        call.meta = dict(node.meta)
+    def module(self, op: Op, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        self.root[op.name] = Apart(module, self.member.rank) if op.argument("apart") else module
+        call = self.body.call_module(op.name, args)
+        call.meta = dict(self.stage.nodes[op.name].meta)
         return call
-
-    def value(self, node: fx.Node) -> fx.Node:
-        if node in self.env:
-            return self.env[node]
-        if node.op == "get_attr":
-            name = self.stage.attribute(node)
-            self.root[name] = self.stage.tensors(name)
-            self.env[node] = self.graph.get_attr(name)
-            return self.env[node]
-        return self.argument(node)
-
-    def argument(self, node: fx.Node) -> fx.Node:
-        if node not in self.env:
-            self.arguments.append(node)
-            self.env[node] = self.graph.placeholder(node.name)
-            self.env[node].meta = dict(node.meta)
-        return self.env[node]
 
 
 def state_tensors(model: nn.Module, program: Program) -> Mapping[str, Tensor]:

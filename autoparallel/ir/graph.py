@@ -51,6 +51,17 @@ class SavedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Ref:
+    """An argument that is a tensor: the op's input at this index."""
+
+    index: int
+
+
+Argument = int | float | bool | str | None | Ref | tuple["Argument", ...]
+"""An argument of an op. Sizes are ints or expressions of `batch` and `seq`; whatever else torch takes is its text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One node: an ATen op or our attention."""
 
@@ -58,20 +69,22 @@ class Op:
     target: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    attributes: tuple[tuple[str, str], ...]
-    """Arguments that are not tensors, by schema name, printed."""
+    arguments: tuple[tuple[str, Argument], ...]
+    """By schema name, in the order of the schema; those left at their defaults are absent."""
     segment: int | None
     """None for free ops."""
     is_view: bool
     """The output aliases the first input: no bytes are moved."""
+    is_pointwise: bool
+    """Each output element depends on one element of each input, up to broadcasting."""
     saved: tuple[SavedTensor, ...]
     module: str
     """The module that ran it, as in `named_modules()`."""
     source: str
     """The line of the model's code that called it."""
 
-    def attribute(self, name: str, default: str = "") -> str:
-        return dict(self.attributes).get(name, default)
+    def argument(self, name: str, default: Argument = None) -> Argument:
+        return dict(self.arguments).get(name, default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,8 @@ class Graph:
     segment_classes: tuple[int, ...]
     boundaries: tuple[tuple[TensorSpec, ...], ...]
     """For each segment, the tensors that enter it from earlier segments (free ones left out)."""
+    outputs: tuple[str, str]
+    """The loss and the logits."""
     model_name: str
     architecture: str
     fingerprint: str

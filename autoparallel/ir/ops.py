@@ -7,21 +7,48 @@ them (2 per multiply-add, matmuls and attention only) beside the FLOPs a causal 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import Op
 
-# `...` stands for the leading dims of the first operand; a `_` operand takes no part in the contraction (a bias).
+# `...` stands for leading dims; a `_` operand, which may be absent, takes no part in the contraction (a bias).
 CONTRACTIONS: dict[str, str] = {
-    "aten.linear.default": "... k, n k -> ... n",
+    "aten.linear.default": "... k, n k, _ -> ... n",
     "aten.mm.default": "m k, k n -> m n",
     "aten.addmm.default": "_, m k, k n -> m n",
     "aten.bmm.default": "b m k, b k n -> b m n",
     "aten.baddbmm.default": "_, b m k, b k n -> b m n",
     "aten.matmul.default": "... m k, ... k n -> ... m n",
+    "transformers.grouped_mm_fallback.default": "t k, e k n, _ -> t n",
     "autoparallel.attention.default": "b h s d, b g t d, b g t e -> b s h e",
 }
 ATTENTION = "autoparallel.attention.default"
+
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What turns one placement over a tensor-parallel group into another: its collectives, forward and backward."""
+
+    forward: CollectiveKind | None
+    backward: CollectiveKind | None
+
+
+# Megatron-LM's f and g (arXiv 1909.08053) and their sequence-parallel counterparts (arXiv 2205.05198).
+CONVERSIONS: dict[str, Conversion] = {
+    "tensor_parallel.all_reduce": Conversion("all_reduce", None),  # partial sum -> whole
+    "tensor_parallel.copy": Conversion(None, "all_reduce"),  # whole -> used in parts: its gradient is a partial sum
+    "tensor_parallel.reduce_scatter": Conversion("reduce_scatter", "all_gather"),  # partial sum -> sequence shards
+    "tensor_parallel.all_gather": Conversion("all_gather", "reduce_scatter"),  # sequence shards -> used in parts
+    "tensor_parallel.all_gather_whole": Conversion("all_gather", None),  # sequence shards -> used whole by every rank
+    "tensor_parallel.scatter": Conversion(None, "all_gather"),  # whole -> sequence shards
+    "tensor_parallel.narrow": Conversion(None, None),  # whole -> this rank's part; the gradient is zero elsewhere
+}
+VOCABULARY_EMBEDDING = "tensor_parallel.embedding"
+VOCABULARY_CROSS_ENTROPY = "tensor_parallel.cross_entropy"
+"""all_reduce of the largest logit, then of the denominator and the target's logit, one number a token each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +95,20 @@ def _attention_flops(op: Op, *, batch: int, seq: int) -> Flops:
     query, _, value = op.inputs[:3]
     rows, heads, length, head_dim = (evaluate(dim, batch=batch, seq=seq) for dim in query.shape)
     value_dim = evaluate(value.shape[3], batch=batch, seq=seq)
-    window = min(int(op.attribute("window", "0")) or length, length)
+    window = min(attention_window(op) or length, length)
     seen = window * (window + 1) // 2 + (length - window) * window  # query-key pairs under the causal window
     forward = 2 * rows * heads * length * length * (head_dim + value_dim)
     executed = 2 * rows * heads * seen * (head_dim + value_dim)
     recomputed_scores = 2 * rows * heads * seen * head_dim
     trained = any(tensor.requires_grad for tensor in op.inputs[:3])
     return Flops(forward, 2 * forward * trained, executed, (2 * executed + recomputed_scores) * trained)
+
+
+def attention_window(op: Op) -> int:
+    """Tokens that a query sees, itself included; 0 for all before it."""
+    window = op.argument("window", 0)
+    assert isinstance(window, int)
+    return window
 
 
 def _product(values: list[int]) -> int:

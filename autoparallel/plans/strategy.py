@@ -46,6 +46,8 @@ class Strategy(Schema):
     shard_group_size: int | None = None
     mesh_order: tuple[str, ...] | None = None
     stages: tuple[StagePlan, ...] | None = None
+    splits: tuple[tuple[str, ...], ...] | None = None
+    """By segment class: the parameter dims that tensor parallelism shards, chosen by cost when the plan is made."""
 
     @property
     def num_devices(self) -> int:

@@ -38,18 +38,21 @@ class Batch:
     def seq_len(self) -> int:
         return self.input_ids.shape[1]
 
-    def filled_to(self, rows: int) -> Batch:
-        """The batch with rows appended whose labels are all ignored: they add nothing to loss or gradients."""
-        missing = rows - self.rows
-        if missing == 0:
+    def filled_to(self, rows: int, seq_len: int) -> Batch:
+        """The batch with rows and tokens appended whose labels are ignored: they add nothing to loss or gradients, and
+        no earlier token sees them.
+        """
+        more_rows, more_tokens = rows - self.rows, seq_len - self.seq_len
+        if not more_rows and not more_tokens:
             return self
 
         def extend(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor, tensor[:1].expand(missing, -1)])
+            longer = torch.cat([tensor, tensor[:, -1:].expand(-1, more_tokens)], 1)
+            return torch.cat([longer, longer[:1].expand(more_rows, -1)])
 
         labels = None
         if self.labels is not None:
-            labels = torch.cat([self.labels, self.labels.new_full((missing, self.seq_len), IGNORED)])
+            labels = torch.nn.functional.pad(self.labels, (0, more_tokens, 0, more_rows), value=IGNORED)
         return replace(
             self, input_ids=extend(self.input_ids), attention_mask=extend(self.attention_mask), labels=labels
         )

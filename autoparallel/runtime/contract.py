@@ -44,10 +44,10 @@ def _mend_torch() -> None:
     register_optimizer_step_pre_hook(_check_optimizer)
 
 
-def _weights_of_ours() -> dict[int, bool]:
-    """For every gradient of ours, whether this rank's piece counts."""
+def _counted_of_ours() -> dict[int, Tensor | None]:
+    """For every gradient of ours, what of this rank's piece counts."""
     return {
-        id(p.master.grad): parameters.counts_once(p)
+        id(p.master.grad): parameters.counted(p, p.master.grad)
         for parameters in _live
         for p in parameters.placed
         if p.master.grad is not None
@@ -63,12 +63,13 @@ def _global_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         foreach: bool | None = None,
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        weights = _weights_of_ours()
-        if not any(id(t) in weights for t in tensors):
+        ours = _counted_of_ours()
+        if not any(id(t) in ours for t in tensors):
             return original(tensors, norm_type, error_if_nonfinite, foreach)
         # Tensors that are not ours are whole on every rank: rank 0's copy counts.
-        counted = [t for t in tensors if weights.get(id(t), dist.get_rank() == 0) and t.numel() > 0]
-        norm = _reduce_norm(counted, float(norm_type), like=tensors[0])
+        counted = [ours.get(id(t), t if dist.get_rank() == 0 else None) for t in tensors]
+        present = [t for t in counted if t is not None and t.numel() > 0]
+        norm = _reduce_norm(present, float(norm_type), like=tensors[0])
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite ({norm.item()})")
         return norm
@@ -174,11 +175,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
         raise ContractError(
             f"{name} needs every gradient in one place", remedy="use a first-order optimizer such as AdamW"
         )
-    if any(parameters.sharded for parameters in touched) and not (_ELEMENTWISE & bases):
+    if any(parameters.sharded or parameters.mesh.tensor_parallel > 1 for parameters in touched) and not (
+        _ELEMENTWISE & bases
+    ):
         raise ContractError(
             f"{name} may look at a whole matrix, but the plan shards parameters",
             why="its update of a shard would differ from its update of the whole tensor, silently",
-            remedy="add distribute_parameter=False to the constraints, or use one of "
+            remedy="add distribute_parameter=False and tensor_parallel=1 to the constraints, or use one of "
             + ", ".join(sorted(_ELEMENTWISE)),
         )
     _fit_state(optimizer, ours)

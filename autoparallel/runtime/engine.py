@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from autoparallel.capture.program import Program
-from autoparallel.emit.stage import emit_stage, state_tensors
+from autoparallel.emit.stage import Member, emit_stage, state_tensors
 from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
 from autoparallel.plans.plan import Plan
@@ -22,6 +22,7 @@ from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
 from autoparallel.runtime.pipeline import Pipeline
+from autoparallel.tensor_parallel.splits import TensorParallel
 
 
 class Engine:
@@ -33,27 +34,36 @@ class Engine:
         assert strategy.stages is not None
         self.plan, self.strategy, self.device = plan, strategy, device
         self.mesh = Mesh.create(
-            num_stages=strategy.num_stages, data_parallel=strategy.data_parallel, device_type=device.type
+            num_stages=strategy.num_stages,
+            data_parallel=strategy.data_parallel,
+            tensor_parallel=strategy.tensor_parallel,
+            device_type=device.type,
         )
+        self.split = TensorParallel(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
+        member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
         constants = state_tensors(model, program)
         stage_of_segment = [
             i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)
         ]
         sharded = strategy.distribute_param > 0
-        self.parameters = place(model, program.graph.parameters, stage_of_segment, self.mesh, sharded=sharded)
-        leaves = make_leaves(self.parameters)
+        graph = program.graph
+        self.parameters = place(
+            model, graph.parameters, stage_of_segment, self.split.parameters(graph), self.mesh, sharded=sharded
+        )
         mine = strategy.stages[self.mesh.stage]
+        segments = range(mine.first_segment, mine.last_segment + 1)
+        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
         self.stage: fx.GraphModule = emit_stage(
-            program, mine, lambda name: leaves.get(name, constants[name]), device=device
+            program, mine, lambda name: leaves.get(name, constants[name]), member=member, device=device
         )
         if sharded:
             shard(self.stage, self.parameters, distribute_param=strategy.distribute_param)
         self.logits_spec, loss_spec = _output_specs(program)
-        boundaries = program.graph.boundaries
-        leaving = boundaries[mine.last_segment + 1] if self.mesh.stage < self.mesh.num_stages - 1 else (loss_spec,)
-        self.pipeline = Pipeline(
-            self.stage, strategy, self.mesh, entering=boundaries[mine.first_segment], leaving=leaving, device=device
-        )
+        self.vocabulary = self.split.logits(graph)
+        is_last = self.mesh.stage == self.mesh.num_stages - 1
+        leaving = (loss_spec,) if is_last else self.split.entering(graph, mine.last_segment + 1)
+        entering = self.split.entering(graph, mine.first_segment)
+        self.pipeline = Pipeline(self.stage, strategy, self.mesh, entering=entering, leaving=leaving, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
@@ -68,7 +78,7 @@ class Engine:
         """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's
         gradient.
         """
-        batch = batch.filled_to(self._rows_for(batch.rows))
+        batch = self._filled(batch)
         for p in self.parameters.placed:
             if p.leaf is not None:
                 p.leaf.grad = None
@@ -81,18 +91,21 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss, logits [rows, seq, vocabulary]) of the whole batch on every rank."""
-        rows = batch.rows
-        batch = batch.filled_to(self._rows_for(rows))
+        rows, seq_len = batch.rows, batch.seq_len
+        batch = self._filled(batch)
         with self._own_random_stream(batch.seed):
             results = [self.pipeline.forward(inputs) for inputs in self._micro_batches(batch)]
         mine = [result for result in results if result is not None]
         loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
-        return loss, self._gather_logits([r[1] for r in mine], batch)[:rows]
+        return loss, self._gather_logits([r[1] for r in mine], batch)[:rows, :seq_len]
 
-    def _rows_for(self, rows: int) -> int:
-        """The next number of rows that fills whole micro-batches on every data-parallel rank."""
+    def _filled(self, batch: Batch) -> Batch:
+        """With as many rows as fill whole micro-batches on every data-parallel rank, and tokens that divide over the
+        ranks of sequence parallelism.
+        """
         unit = self.strategy.data_parallel * self.strategy.batch_per_device
-        return -(-rows // unit) * unit
+        tokens = self.strategy.tensor_parallel if self.strategy.sequence_parallel else 1
+        return batch.filled_to(-(-batch.rows // unit) * unit, -(-batch.seq_len // tokens) * tokens)
 
     def _micro_batches(self, batch: Batch) -> list[dict[str, Tensor]]:
         """This rank's share of the rows: its data index picks a contiguous part."""
@@ -102,36 +115,43 @@ class Engine:
         return [batch.micro_batch(start + offset, size) for offset in range(0, share, size)]
 
     def _sum_over_ranks(self, loss: Tensor | None) -> Tensor:
+        """Over replicas; all ranks of a tensor-parallel group have the same loss, and one of them counts."""
+        loss = loss if self.mesh.tensor_index == 0 else None
         total = torch.zeros((), dtype=self.loss_dtype, device=self.device) if loss is None else loss.to(self.loss_dtype)
         dist.all_reduce(total)
         return total
 
     def _gather_logits(self, mine: list[Tensor], batch: Batch) -> Tensor:
-        last = self.mesh.num_stages - 1
         share = batch.rows // self.mesh.data_parallel
+        return torch.cat(
+            [self._logits_of(index, mine, share, batch.seq_len) for index in range(self.mesh.data_parallel)]
+        )
+
+    def _logits_of(self, data_index: int, mine: list[Tensor], rows: int, seq_len: int) -> Tensor:
+        """[rows, seq, vocabulary] of one replica on every rank; each tensor-parallel rank has a part of the last dim."""
         vocabulary = self.logits_spec.shape[-1]
         assert isinstance(vocabulary, int)
-        parts = []
-        for index in range(self.mesh.data_parallel):
-            owner = self.mesh.rank_of(stage=last, data_index=index)
-            shape = (share, batch.seq_len, vocabulary)
-            part = torch.empty(shape, dtype=getattr(torch, self.logits_spec.dtype), device=self.device)
+        dtype = getattr(torch, self.logits_spec.dtype)
+        whole = torch.empty(rows, seq_len, vocabulary, dtype=dtype, device=self.device)
+        for rank, held in enumerate(self.vocabulary):
+            owner = self.mesh.rank_of(stage=self.mesh.num_stages - 1, data_index=data_index, tensor_index=rank)
+            part = torch.empty(rows, seq_len, len(held), dtype=dtype, device=self.device)
             if dist.get_rank() == owner:
                 part = torch.cat(mine).contiguous()
             dist.broadcast(part, src=owner)
-            parts.append(part)
-        return torch.cat(parts)
+            whole[..., torch.from_numpy(held).to(self.device)] = part
+        return whole
 
     @contextmanager
     def _own_random_stream(self, seed: int) -> Iterator[None]:
-        """Dropout draws from a stream of this rank (replicas see other rows), derived from the user's seed; the user's
-        own stream, which orders the data, is left where it was.
+        """Dropout draws from a stream of this rank's stage and replica (which sees other rows), derived from the user's
+        seed; the user's own stream, which orders the data, is left where it was. Tensor-parallel ranks share it.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._random_seed != seed:
                 self._random_seed = seed
-                torch.manual_seed((seed + 0x9E3779B9 * (1 + dist.get_rank())) % (1 << 62))
+                torch.manual_seed((seed + 0x9E3779B9 * (1 + dist.get_rank() // self.mesh.tensor_parallel)) % (1 << 62))
             else:
                 torch.set_rng_state(self._random_state["cpu"])
                 if devices:

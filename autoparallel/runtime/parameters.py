@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from autoparallel.emit.stage import Recomputed
 from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.mesh import Mesh
+from autoparallel.tensor_parallel.splits import ParameterSplit
 
 
 @dataclass
@@ -33,8 +34,12 @@ class Placed:
     """Of the whole parameter."""
     stages: tuple[int, ...]
     """Stages that use it; empty when the loss does not depend on it."""
+    split: ParameterSplit | None = None
+    """How it is divided over the tensor-parallel group; None where the loss does not depend on it."""
     leaf: nn.Parameter | None = None
     """What this rank's stage computes with; None where the stage does not use it."""
+    shared: bool = False
+    """Whole on every rank of the tensor-parallel group, while each has an addend of its gradient."""
 
     def gradient(self) -> Tensor:
         """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is
@@ -70,14 +75,47 @@ class Parameters:
                 p.leaf.grad = torch.zeros_like(p.leaf)
         if not self.sharded and self.mesh.data_parallel > 1:
             _all_reduce_coalesced([p.leaf.grad for p in mine], self.mesh.data_group)  # type: ignore[union-attr,misc]
+        if self.mesh.tensor_parallel > 1:
+            self._sum_addends(mine)
         for stages, group in self.tie_groups.items():
             tied = [local(p.leaf.grad) for p in mine if p.stages == stages]  # type: ignore[union-attr,arg-type]
             _all_reduce_coalesced(tied, group)
 
-    def counts_once(self, placed: Placed) -> bool:
-        """Whether this rank's piece adds to global sums: replicas and later copies of tied parameters do not."""
+    def _sum_addends(self, mine: list[Placed]) -> None:
+        """Gradients of which every rank of the tensor-parallel group has an addend, in one bucket: those of parameters
+        that only sharded work reads, and the unsharded segments of fused projections.
+        """
+        addends = [local(p.leaf.grad) for p in mine if p.shared]  # type: ignore[union-attr,arg-type]
+        masks = {p.name: mask for p in mine if (mask := self._held_by_all(p)) is not None}
+        parts = [local(p.leaf.grad)[masks[p.name]] for p in mine if p.name in masks]  # type: ignore[union-attr,arg-type]
+        _all_reduce_coalesced(addends + parts, self.mesh.tensor_group)
+        for p, part in zip((p for p in mine if p.name in masks), parts, strict=True):
+            local(p.leaf.grad)[masks[p.name]] = part  # type: ignore[union-attr,arg-type]
+
+    def counted(self, placed: Placed, piece: Tensor) -> Tensor | None:
+        """What of this rank's piece adds to global sums: each element of the model on one rank only, so that replicas
+        and later copies of tied parameters do not count.
+        """
         first_copy = bool(placed.stages) and self.mesh.stage == placed.stages[0]
-        return first_copy and (self.sharded or self.mesh.data_index == 0)
+        if placed.split is None or not first_copy or not (self.sharded or self.mesh.data_index == 0):
+            return None
+        if self.mesh.tensor_index == 0:
+            return piece
+        mask = self._held_by_all(placed)
+        return (piece if mask is None else piece[~mask]) if placed.split.is_sharded else None
+
+    def _held_by_all(self, placed: Placed) -> Tensor | None:
+        """Mask of the elements of this rank's piece that the whole tensor-parallel group holds, though others are
+        sharded; None where there are none.
+        """
+        rank, split = self.mesh.tensor_index, placed.split
+        if split is None or not split.is_mixed:
+            return None
+        mask = torch.zeros(split.local_shape(rank), dtype=torch.bool, device=placed.master.device)
+        for dim, indices in enumerate(split.held_by_all(rank)):
+            if indices is not None:
+                mask.index_fill_(dim, torch.from_numpy(indices).to(mask.device), True)
+        return distribute(mask, placed.leaf) if isinstance(placed.leaf, DTensor) else mask
 
     def full(self, placed: Placed) -> Tensor:
         """The whole parameter on every rank (collective)."""
@@ -94,24 +132,47 @@ class Parameters:
 
     def piece(self, placed: Placed, whole: Tensor) -> Tensor:
         """This rank's piece of a tensor laid out as the whole parameter."""
-        if isinstance(placed.leaf, DTensor):
-            return distribute(whole, placed.leaf)
-        return whole if placed.master.shape == whole.shape else whole.new_empty(placed.master.shape)
+        if placed.leaf is None:
+            return whole.new_empty(placed.master.shape) if placed.stages else whole
+        part = taken(whole, placed.split, self.mesh.tensor_index)
+        return distribute(part, placed.leaf) if isinstance(placed.leaf, DTensor) else part
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
-        owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0)
-        value = torch.empty(placed.shape, dtype=piece.dtype, device=piece.device)
-        if self.mesh.stage == placed.stages[0]:
-            value = like(piece, placed.leaf).full_tensor() if isinstance(placed.leaf, DTensor) else piece
-        value = value.contiguous()
-        dist.broadcast(value, src=owner)
-        return value
+        part = piece
+        if self.mesh.stage == placed.stages[0] and isinstance(placed.leaf, DTensor):
+            part = like(piece, placed.leaf).full_tensor()
+        split = placed.split
+        assert split is not None
+        whole = torch.empty(placed.shape, dtype=piece.dtype, device=piece.device)
+        for rank in range(self.mesh.tensor_parallel if split.is_sharded else 1):
+            owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0, tensor_index=rank)
+            received = part.contiguous() if dist.get_rank() == owner else part.new_empty(split.local_shape(rank))
+            dist.broadcast(received, src=owner)
+            put(whole, received, split, rank)
+        return whole
 
     def load(self, placed: Placed, value: Tensor) -> None:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
+
+
+def taken(whole: Tensor, split: ParameterSplit | None, rank: int) -> Tensor:
+    """What a rank of the tensor-parallel group holds of a parameter."""
+    for dim, indices in enumerate(split.indices(rank) if split is not None else []):
+        if indices is not None:
+            whole = whole.index_select(dim, torch.from_numpy(indices).to(whole.device))
+    return whole
+
+
+def put(whole: Tensor, part: Tensor, split: ParameterSplit, rank: int) -> None:
+    """Write what a rank holds into the whole parameter; at most one dim is divided."""
+    divided = [(dim, indices) for dim, indices in enumerate(split.indices(rank)) if indices is not None]
+    if not divided:
+        whole.copy_(part)
+    for dim, indices in divided:
+        whole.index_copy_(dim, torch.from_numpy(indices).to(whole.device), part)
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
@@ -138,7 +199,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place(
-    model: nn.Module, table: tuple[Parameter, ...], stage_of_segment: list[int], mesh: Mesh, *, sharded: bool
+    model: nn.Module,
+    table: tuple[Parameter, ...],
+    stage_of_segment: list[int],
+    splits: dict[str, ParameterSplit],
+    mesh: Mesh,
+    *,
+    sharded: bool,
 ) -> Parameters:
     """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded
     init differs.
@@ -148,18 +215,25 @@ def place(
     for name, master in model.named_parameters():
         dist.broadcast(master.data, src=0)
         stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
-        placed.append(Placed(name, master, master.shape, stages))
+        placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
     for _, buffer in model.named_buffers():
         dist.broadcast(buffer, src=0)
     ties = [p.stages for p in placed if len(p.stages) > 1]
     return Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
 
 
-def make_leaves(parameters: Parameters) -> dict[str, nn.Parameter]:
-    """Leaves of this rank's stage by name, sharing the masters' storage; the masters of other stages give up theirs."""
+def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
+    """Leaves of this rank's stage by name, sharing the masters' storage; the masters of other stages give up theirs.
+
+    `shared` are those of which each tensor-parallel rank gets an addend of the gradient.
+    """
     leaves = {}
     for p in parameters.placed:
+        p.shared = p.name in shared
         if parameters.mesh.stage in p.stages:
+            if p.split is not None and p.split.is_sharded:
+                p.master.data = taken(p.master.data, p.split, parameters.mesh.tensor_index).contiguous()
+                p.master.grad = None
             p.leaf = leaves[p.name] = nn.Parameter(p.master.data, requires_grad=p.master.requires_grad)
         elif p.stages:
             p.master.data = p.master.data.new_empty((0, *p.shape[1:]))

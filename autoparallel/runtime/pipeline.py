@@ -100,7 +100,8 @@ class Pipeline:
         return buffer
 
     def _neighbour(self, step: int) -> int:
-        return self.mesh.rank_of(stage=self.mesh.stage + step, data_index=self.mesh.data_index)
+        mesh = self.mesh
+        return mesh.rank_of(stage=mesh.stage + step, data_index=mesh.data_index, tensor_index=mesh.tensor_index)
 
     def _empty(self, spec: TensorSpec, rows: int, seq: int) -> Tensor:
         shape = [evaluate(dim, batch=rows, seq=seq) for dim in spec.shape]

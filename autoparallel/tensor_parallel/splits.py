@@ -1,0 +1,152 @@
+"""Every legal way to split one segment over a tensor-parallel group, as lowered programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.ir.graph import Graph, TensorSpec
+from autoparallel.tensor_parallel.analysis import Analysis, analyze
+from autoparallel.tensor_parallel.layout import Atom, Layout, Sharding, leaves
+from autoparallel.tensor_parallel.lower import Illegal, LoweredSegment, lower
+
+Split = tuple[str, ...]
+"""The dims to shard, by the names of `split_names`; a split means the same in every segment of a class."""
+
+
+def split_names(analysis: Analysis) -> dict[str, Atom]:
+    """Shardable atoms by the first parameter dim they are in: `q_proj.weight[0]`, `.k` for its k-th factor."""
+    named: dict[str, Atom] = {}
+    for atom, places in analysis.shardable().items():
+        parameter, position = places[0]
+        factors = list(leaves(analysis.parameters[parameter][position]))
+        factor = f".{factors.index(atom)}" if len(factors) > 1 else ""
+        named[f"{_short(parameter, analysis)}[{position}]{factor}"] = atom
+    return named
+
+
+def _short(parameter: str, analysis: Analysis) -> str:
+    """The name without what all parameters of the segment share, the number of the block among it."""
+    names = [name.split(".") for name in analysis.parameters]
+    shared = 0
+    while len(names) > 1 and all(len(n) > shared + 2 and n[shared] == names[0][shared] for n in names):
+        shared += 1
+    return ".".join(parameter.split(".")[shared:] if len(names) > 1 else parameter.split(".")[-2:])
+
+
+def lower_split(
+    graph: Graph, segment: int, analysis: Analysis, split: Split, *, degree: int, sequence_parallel: bool, rank: int = 0
+) -> LoweredSegment:
+    """The program of one rank under a split; raises `Illegal`."""
+    named = split_names(analysis)
+    unknown = [name for name in split if name not in named]
+    if unknown:
+        raise Illegal(f"segment {segment} has no dim {unknown[0]}; it has {', '.join(named) or 'none'}")
+    sharding = Sharding([named[name] for name in split], degree)
+    return lower(graph, segment, analysis, sharding, sequence_parallel=sequence_parallel, rank=rank)
+
+
+def legal_splits(
+    graph: Graph, segment: int, analysis: Analysis, *, degree: int, sequence_parallel: bool
+) -> Iterator[tuple[Split, LoweredSegment]]:
+    """All sets of atoms that can be sharded together over `degree` ranks, the empty one first."""
+    names = [name for name, atom in split_names(analysis).items() if atom.uneven or atom.size % degree == 0]
+    for count in range(len(names) + 1):
+        for split in combinations(names, count):
+            try:
+                lowered = lower_split(
+                    graph, segment, analysis, split, degree=degree, sequence_parallel=sequence_parallel
+                )
+            except Illegal:
+                continue
+            yield split, lowered
+
+
+@dataclass(frozen=True)
+class ParameterSplit:
+    """Which part of a parameter each rank of a tensor-parallel group holds."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+    sharding: Sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding.is_sharded(self.layout)
+
+    def indices(self, rank: int) -> list[NDArray[np.int64] | None]:
+        """By dim, the indices that the rank holds in its order; None for all. Fused projections are not contiguous."""
+        count = self.sharding.count
+        return [self.sharding.global_indices(dim, rank) if count(dim) else None for dim in self.layout]
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        return tuple(self.sharding.local_size(dim, rank) for dim in self.layout)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some segments of a dim are sharded while every rank holds the others."""
+        return any(map(self.sharding.is_mixed, self.layout))
+
+    def held_by_all(self, rank: int) -> list[NDArray[np.int64] | None]:
+        """By dim, the local indices that every rank holds: the unsharded segments of a fused projection."""
+        mixed = self.sharding.is_mixed
+        everywhere = self.sharding.whole_everywhere
+        return [np.flatnonzero(everywhere(dim, rank)) if mixed(dim) else None for dim in self.layout]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a plan splits every segment."""
+
+    degree: int = 1
+    sequence_parallel: bool = False
+    splits: tuple[Split, ...] = ()
+    """By segment class; none where the degree is one."""
+
+    def of(self, graph: Graph, segment: int) -> Split:
+        return self.splits[graph.segment_classes[segment]] if self.splits else ()
+
+    def lowered(self, graph: Graph, segment: int, *, rank: int = 0) -> LoweredSegment:
+        """The segment's program of one rank of the group."""
+        return lower_split(
+            graph, segment, analyze(graph, segment), self.of(graph, segment),
+            degree=self.degree, sequence_parallel=self.sequence_parallel, rank=rank,
+        )  # fmt: skip
+
+    def entering(self, graph: Graph, segment: int) -> tuple[TensorSpec, ...]:
+        """What a rank receives where a stage begins with `segment`, with local shapes."""
+        return self.lowered(graph, segment).entering
+
+    def shared_parameters(self, graph: Graph, segments: range) -> frozenset[str]:
+        """Parameters of these segments whose gradients are sums over the group, taken once a step."""
+        return frozenset(name for segment in segments for name in self.lowered(graph, segment).shared_parameters)
+
+    def logits(self, graph: Graph) -> list[NDArray[np.int64]]:
+        """By rank, the part of the vocabulary that its logits are of; one entry where all have the same."""
+        lowered = self.lowered(graph, graph.num_segments - 1)
+        vocabulary = lowered.results[graph.outputs[1]].layout[-1]
+        ranks = self.degree if lowered.sharding.count(vocabulary) else 1
+        return [lowered.sharding.global_indices(vocabulary, rank) for rank in range(ranks)]
+
+    def parameters(self, graph: Graph) -> dict[str, ParameterSplit]:
+        """Every parameter that some segment uses; segments that share one split it alike."""
+        found: dict[str, ParameterSplit] = {}
+        shapes = {p.name: p.shape for p in graph.parameters}
+        for segment in range(graph.num_segments):
+            analysis = analyze(graph, segment)
+            named = split_names(analysis)
+            sharding = Sharding([named[name] for name in self.of(graph, segment)], self.degree)
+            for name, layout in analysis.parameters.items():
+                split = ParameterSplit(shapes[name], layout, sharding)
+                if name in found and _held(found[name]) != _held(split):
+                    raise Illegal(f"{name} is split in two ways by the segments that share it")
+                found[name] = split
+        return found
+
+
+def _held(split: ParameterSplit) -> list[list[int] | None]:
+    return [None if indices is None else indices.tolist() for indices in split.indices(0)]
