@@ -50,6 +50,7 @@ def segment(*, forward_s: float, **changes: Any) -> SegmentCost:
         "forward_s": forward_s,
         "backward_s": 2 * forward_s,
         "recompute_selective_s": forward_s / 4,
+        "recompute_full_s": forward_s,
         "saved_bytes": 4_000_000,
         "saved_selective_bytes": 2_000_000,
         "input_bytes": 100_000,

@@ -16,7 +16,9 @@ class SegmentCost(Schema):
     backward_s: float
     """Without recomputation."""
     recompute_selective_s: float
-    """Forward work repeated in backward under selective recomputation; under full recomputation it is `forward_s`."""
+    """Forward work repeated in backward under selective recomputation."""
+    recompute_full_s: float
+    """The same under full recomputation, which stops at the last tensor that backward needs."""
     saved_bytes: int
     """Activations kept from forward to backward without recomputation, beyond its input."""
     saved_selective_bytes: int

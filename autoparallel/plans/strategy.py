@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from autoparallel.ir.schema import Schema
 
 Recomputation = Literal["none", "selective", "full"]
+StageRecomputation = Recomputation | Annotated[tuple[Recomputation, ...], Field(min_length=1)]
+"""Of all blocks of a stage, or of each in order."""
 ScheduleName = Literal["gpipe", "1f1b"]
 RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
 
@@ -17,12 +19,29 @@ class StagePlan(Schema):
     """One pipeline stage: the segments `first_segment .. last_segment` of the graph, both included.
 
     Segment 0 is what comes before the first repeated block (embedding), the last is what comes after the last one
-    (norm, head, loss).
+    (norm, head, loss). Both are never recomputed.
     """
 
     first_segment: int = Field(ge=0)
     last_segment: int = Field(ge=0)
-    recomputation: Recomputation
+    recomputation: StageRecomputation
+
+    @field_validator("recomputation")
+    @classmethod
+    def _one_name_where_all_are_equal(cls, value: StageRecomputation) -> StageRecomputation:
+        return value[0] if len(set(value)) == 1 and isinstance(value, tuple) else value
+
+    def blocks(self, num_segments: int) -> range:
+        """The segments of the stage that are blocks, in a model of `num_segments`."""
+        return range(max(self.first_segment, 1), min(self.last_segment, num_segments - 2) + 1)
+
+    def recomputation_of(self, segment: int, *, num_segments: int) -> Recomputation:
+        """The level of one segment of the stage."""
+        blocks = self.blocks(num_segments)
+        if segment not in blocks:
+            return "none"
+        names = self.recomputation
+        return names[segment - blocks.start] if isinstance(names, tuple) else names
 
 
 class Strategy(Schema):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection
 from autoparallel.plans.plan import Plan
-from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 
 WIDTH = 110
 NUM_RUNNERS_UP = 5
@@ -84,7 +84,7 @@ def _stages(plan: Plan) -> str:
     for index, (stage, cost) in enumerate(zip(plan.strategy.stages or (), plan.estimate.stages, strict=True)):
         times = [_duration(cost.forward_s), _duration(cost.backward_s)]
         holds = _holds(stage, num_blocks=plan.model.num_blocks)
-        rows.append([str(index), holds, _count(cost.parameters), *times, stage.recomputation])
+        rows.append([str(index), holds, _count(cost.parameters), *times, _levels(stage)])
     return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
 
 
@@ -208,6 +208,15 @@ def _holds(stage: StagePlan, *, num_blocks: int) -> str:
     if stage.last_segment > num_blocks:
         parts.append("head and loss")
     return ", ".join(parts)
+
+
+def _levels(stage: StagePlan) -> str:
+    """`full`, or how many blocks have which level."""
+    names = stage.recomputation
+    if not isinstance(names, tuple):
+        return names
+    rising = sorted(set(names), key=RECOMPUTATION_LEVELS.__getitem__)
+    return ", ".join(f"{names.count(name)} {name}" for name in reversed(rising))
 
 
 def _usable(plan: Plan) -> float:

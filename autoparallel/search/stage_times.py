@@ -102,7 +102,7 @@ def recompute_s(workload: Workload, *, segment: int, batch_per_device: int, reco
     if not 0 < segment < len(workload.segment_classes) - 1:
         return 0.0
     cost = workload.cost(segment, batch_per_device)
-    return {"none": 0.0, "selective": cost.recompute_selective_s, "full": cost.forward_s}[recomputation]
+    return {"none": 0.0, "selective": cost.recompute_selective_s, "full": cost.recompute_full_s}[recomputation]
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,10 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     overheads, size = Overheads(workload, strategy), strategy.batch_per_device
     sharding, segments = overheads.sharding, range(plan.first_segment, plan.last_segment + 1)
     costs = [workload.cost(segment, size) for segment in segments]
+    levels = [plan.recomputation_of(i, num_segments=len(workload.segment_classes)) for i in segments]
     again = [
-        recompute_s(workload, segment=i, batch_per_device=size, recomputation=plan.recomputation) for i in segments
+        recompute_s(workload, segment=i, batch_per_device=size, recomputation=level)
+        for i, level in zip(segments, levels, strict=True)
     ]
     gather_s = reduce_s = 0.0
     if any(sharding):
