@@ -106,9 +106,8 @@ def _largest_sum(values: Sequence[int], count: int) -> int:
 
 def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:
     """Activations of a segment, its input left out, that stay from forward to backward of one micro-batch."""
-    cost = workload.cost(segment, strategy.batch_per_device)
-    kept = {"none": cost.saved_bytes, "selective": cost.saved_selective_bytes, "full": 0}
-    return kept[plan.recomputation_of(segment, num_segments=len(workload.segment_classes))]
+    level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
+    return workload.cost(segment, strategy.batch_per_device).kept_bytes(level)
 
 
 def _activation_bytes(workload: Workload, strategy: Strategy, stage: int) -> int:
@@ -135,7 +134,6 @@ def _workspace_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) ->
     """The largest transient of one segment: its workspace, and the activations that its backward rebuilds."""
     transients = []
     for segment in _segments(plan):
-        cost = workload.cost(segment, strategy.batch_per_device)
-        rebuilt = max(0, cost.saved_bytes - _kept_bytes(workload, strategy, plan, segment))
-        transients.append(cost.workspace_bytes + rebuilt)
+        level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
+        transients.append(workload.cost(segment, strategy.batch_per_device).transient_bytes(level))
     return max(transients)

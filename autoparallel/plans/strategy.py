@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from autoparallel.ir.schema import Schema
 
@@ -12,7 +12,7 @@ Recomputation = Literal["none", "selective", "full"]
 StageRecomputation = Recomputation | Annotated[tuple[Recomputation, ...], Field(min_length=1)]
 """Of all blocks of a stage, or of each in order."""
 ScheduleName = Literal["gpipe", "1f1b"]
-RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
+RECOMPUTATION_LEVELS: dict[Recomputation, int] = {"none": 0, "selective": 1, "full": 2}
 
 
 class StagePlan(Schema):
@@ -50,6 +50,9 @@ class Strategy(Schema):
 
     `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too,
     reduced after every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
+
+    `recomputation` is the level of every block. With `least_recomputation` it is the highest one: stages give blocks
+    back to cheaper levels, down to the least, as far as memory allows.
     """
 
     num_stages: int = Field(default=1, ge=1)
@@ -58,6 +61,7 @@ class Strategy(Schema):
     batch_per_device: int = Field(default=1, ge=1)
     num_micro_batches: int = Field(default=1, ge=1)
     recomputation: Recomputation = "none"
+    least_recomputation: Recomputation | None = None
     distribute_param: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     schedule: ScheduleName = "1f1b"
@@ -65,6 +69,19 @@ class Strategy(Schema):
     shard_group_size: int | None = None
     mesh_order: tuple[str, ...] | None = None
     stages: tuple[StagePlan, ...] | None = None
+
+    @model_validator(mode="after")
+    def _least_is_less(self) -> Strategy:
+        least = self.least_recomputation
+        if least is not None and RECOMPUTATION_LEVELS[least] >= RECOMPUTATION_LEVELS[self.recomputation]:
+            raise ValueError(f"least_recomputation={least!r} is not less than recomputation={self.recomputation!r}")
+        return self
+
+    @property
+    def recomputation_range(self) -> str:
+        """`full`, or `none to full` where stages choose."""
+        least = self.least_recomputation
+        return self.recomputation if least is None else f"{least} to {self.recomputation}"
 
     @property
     def num_devices(self) -> int:
@@ -80,7 +97,7 @@ class Strategy(Schema):
         parts += [f"num_micro_batches : {self.num_micro_batches}", f"batch_per_device : {self.batch_per_device}"]
         parts.append(f"data_parallel : {self.data_parallel}")
         parts.append(f"tensor_parallel : {self.tensor_parallel}" if self.tensor_parallel > 1 else "No TP")
-        parts += [f"recomputation : {self.recomputation}", f"distribute_param : {self.distribute_param}"]
+        parts += [f"recomputation : {self.recomputation_range}", f"distribute_param : {self.distribute_param}"]
         if self.num_stages > 1:
             parts.append(f"schedule : {self.schedule}")
         return ", ".join(parts)
@@ -93,8 +110,9 @@ class Constraints(Schema):
     """What the user fixes; `"auto"` leaves a choice open. A value narrows the search, it never bypasses it.
 
     `num_stages` is the largest number of stages; `pipeline_parallel=False` allows one. `distribute_parameter` takes
-    True (any level from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (selective or
-    full), False, or a name. `memory_ratio` is the share of each device's memory the plan may use.
+    True (any level from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (every block
+    selective or full), False (none), or a name (every block at just that level). `memory_ratio` is the share of each
+    device's memory the plan may use.
     """
 
     pipeline_parallel: bool = True
