@@ -198,6 +198,19 @@ def test_given_stages_are_kept() -> None:
         compile_candidate(drawn, strategy.model_copy(update={"stages": plans[1:]}))
 
 
+def test_given_levels_are_priced_block_by_block() -> None:
+    drawn = workload(gpus(1), num_blocks=4, batch_size=8, parameters=(0,) * 6)
+
+    def recompute_s(recomputation: Any) -> float:
+        plan = StagePlan(first_segment=0, last_segment=5, recomputation=recomputation)
+        return cut_and_price(drawn, Strategy(num_micro_batches=8, stages=(plan,))).breakdown_s.recompute
+
+    assert recompute_s(("full", "none", "selective", "none")) == pytest.approx(8 * (1e-3 + 1e-3 / 4))
+    assert recompute_s(("full",) * 4) == recompute_s("full") == pytest.approx(8 * 4e-3)
+    with pytest.raises(ConfigError, match="3 recomputation levels are given for the 4 blocks"):
+        recompute_s(("full", "none", "none"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

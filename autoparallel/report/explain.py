@@ -23,7 +23,7 @@ CHOICES: dict[str, Callable[[Strategy], str]] = {
     "stages": lambda s: str(s.num_stages),
     "tensor parallel": lambda s: str(s.tensor_parallel),
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
-    "recomputation": lambda s: s.recomputation,
+    "recomputation": lambda s: s.recomputation_range,
     "sharding": lambda s: f"distribute_param {s.distribute_param}",
     "schedule": lambda s: s.schedule,
 }
@@ -182,7 +182,7 @@ def _same(one: Strategy, other: Strategy) -> bool:
 def _label(strategy: Strategy) -> str:
     parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
-    parts += [strategy.recomputation, f"shard {strategy.distribute_param}", strategy.schedule]
+    parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", strategy.schedule]
     return ", ".join(parts)
 
 

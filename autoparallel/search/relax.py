@@ -11,9 +11,8 @@ fits and may miss the optimum by a step of the list.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -83,14 +82,14 @@ class Relaxation:
 
     def _relaxed(self, stage: int, plan: StagePlan, spare_bytes: int) -> StagePlan:
         blocks = plan.blocks(len(self.workload.segment_classes))
-        costs = {i: self._cost(i) for i in range(plan.first_segment, plan.last_segment + 1)}
-        kinds = {block: self._kind(costs[block]) for block in blocks}
-        ends_bytes = max((cost.transient_bytes("none") for i, cost in costs.items() if i not in blocks), default=0)
+        kinds = [self._kinds[block] for block in blocks]
+        ends = {plan.first_segment, plan.last_segment}.difference(blocks)
+        ends_bytes = max((self._kinds[segment][0].transient_bytes for segment in ends), default=0)
         # What the stage's blocks take now, and what it leaves free, is theirs to spend.
-        transient_bytes = max(ends_bytes, *(kind[0].transient_bytes for kind in kinds.values()))
+        transient_bytes = max(ends_bytes, *(kind[0].transient_bytes for kind in kinds))
         in_flight = num_in_flight(self.strategy, stage)
-        kept_bytes = in_flight * sum(kind[0].kept_bytes for kind in kinds.values())
-        counted = Counter(kinds.values())
+        kept_bytes = in_flight * sum(kind[0].kept_bytes for kind in kinds)
+        counted = Counter(kinds)
         choice = cheapest(
             tuple(counted.items()),
             in_flight=in_flight,
@@ -102,24 +101,28 @@ class Relaxation:
         return StagePlan(
             first_segment=plan.first_segment,
             last_segment=plan.last_segment,
-            recomputation=tuple(next(remaining[kinds[block]]) for block in blocks),
+            recomputation=tuple(next(remaining[kind]) for kind in kinds),
         )
 
-    def _cost(self, segment: int) -> SegmentCost:
-        return self.workload.cost(segment, self.strategy.batch_per_device)
-
-    def _kind(self, cost: SegmentCost) -> Kind:
-        return tuple(
-            Option(level, cost.kept_bytes(level), cost.transient_bytes(level), round(cost.recompute_s(level) / PICO))
-            for level in self._levels()
-        )
-
-    def _levels(self) -> Iterator[Recomputation]:
-        """From the strategy's highest to its least."""
+    @cached_property
+    def _kinds(self) -> list[Kind]:
+        """By segment; the first and the last one are never recomputed."""
         highest, least = self.strategy.recomputation, self.strategy.least_recomputation or self.strategy.recomputation
-        for level, rank in reversed(RECOMPUTATION_LEVELS.items()):
-            if RECOMPUTATION_LEVELS[least] <= rank <= RECOMPUTATION_LEVELS[highest]:
-                yield level
+        allowed = range(RECOMPUTATION_LEVELS[highest], RECOMPUTATION_LEVELS[least] - 1, -1)
+        levels = {rank: level for level, rank in RECOMPUTATION_LEVELS.items()}
+        size, num_segments = self.strategy.batch_per_device, len(self.workload.segment_classes)
+        of_block: tuple[Recomputation, ...] = tuple(levels[rank] for rank in allowed)
+        return [
+            _kind(self.workload.cost(segment, size), of_block if 0 < segment < num_segments - 1 else ("none",))
+            for segment in range(num_segments)
+        ]
+
+
+def _kind(cost: SegmentCost, levels: tuple[Recomputation, ...]) -> Kind:
+    return tuple(
+        Option(level, cost.kept_bytes(level), cost.transient_bytes(level), round(cost.recompute_s(level) / PICO))
+        for level in levels
+    )
 
 
 def cheapest(kinds: tuple[tuple[Kind, int], ...], *, in_flight: int, budget_bytes: int, ends_bytes: int) -> Choice:
