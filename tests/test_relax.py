@@ -148,8 +148,8 @@ def test_relaxing_takes_milliseconds() -> None:
         segment(forward_s=2e-3, saved_bytes=37_000_001, saved_selective_bytes=8_000_007),
         segment(forward_s=1e-3),
     )
-    drawn = workload(gpus(16, memory_bytes=4 * GIB), costs=costs, classes=(0, *[1, 2] * 40, 3), batch_size=64)
-    strategies = enumerate_strategies(num_devices=16, batch_size=64, num_blocks=80, constraints=Constraints())
+    drawn = workload(gpus(16, memory_bytes=4 * GIB), costs=costs, classes=(0, *[1, 2] * 40, 3), batch_size=16)
+    strategies = enumerate_strategies(num_devices=16, batch_size=16, num_blocks=80, constraints=Constraints())
     free = [strategy for strategy in strategies if strategy.least_recomputation is not None]
     begin = time.process_time()
     found = [compile_candidate(drawn, strategy) for strategy in free]

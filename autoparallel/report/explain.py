@@ -135,9 +135,16 @@ def _alternatives(plan: Plan, possible: list[Priced]) -> str:
             costs = [_duration(estimate.step_time_s), f"{change:+.1f} %", _loss(plan.estimate, estimate)]
             rows.append([name, chosen, value(strategy), *costs])
         else:
-            tried = sum(value(candidate.strategy) != chosen for candidate in plan.candidates)
-            rows.append([name, chosen, f"none possible of {tried}" if tried else "none tried", "-", "-", "-"])
+            rows.append([name, chosen, _no_alternative(plan, value, chosen), "-", "-", "-"])
     return "Each choice: the best candidate that differs in it, other choices free\n" + _table(rows, left=(0, 1, 2, 5))
+
+
+def _no_alternative(plan: Plan, value: Callable[[Strategy], str], chosen: str) -> str:
+    """Why no other program takes another value for a choice."""
+    others = [candidate for candidate in plan.candidates if value(candidate.strategy) != chosen]
+    if any(candidate.estimate is not None for candidate in others):
+        return "the same programs"
+    return f"none possible of {len(others)}" if others else "none tried"
 
 
 def _impossible(plan: Plan) -> str:
@@ -162,17 +169,24 @@ def _assumptions(plan: Plan) -> str:
 
 
 def _possible(plan: Plan) -> list[Priced]:
-    """Possible candidates, cheapest first, each strategy once; ties keep the order of enumeration."""
+    """Possible candidates, cheapest first, each program once; ties keep the order of enumeration."""
     unique: dict[str, Priced] = {}
     for candidate in plan.candidates:
         if candidate.estimate is not None:
-            unique.setdefault(_identity(candidate.strategy), (candidate.strategy, candidate.estimate))
+            unique.setdefault(_program(candidate.strategy), (candidate.strategy, candidate.estimate))
     return sorted(unique.values(), key=lambda pair: pair[1].step_time_s)
 
 
 def _identity(strategy: Strategy) -> str:
     """Candidates may or may not have their stages filled in."""
     return strategy.model_copy(update={"stages": None}).model_dump_json()
+
+
+def _program(strategy: Strategy) -> str:
+    """What runs: equal stages are equal, whatever recomputation their strategies would have allowed."""
+    if strategy.stages is None:
+        return _identity(strategy)
+    return strategy.model_copy(update={"recomputation": "none", "least_recomputation": None}).model_dump_json()
 
 
 def _same(one: Strategy, other: Strategy) -> bool:
