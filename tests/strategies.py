@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from autoparallel.capture.program import Program
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.estimate import Breakdown, Estimate, StageEstimate
 from autoparallel.plans.plan import ModelSummary, Plan
-from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Recomputation, StagePlan, Strategy
 
 
 def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
-    """The strategy with its blocks spread over the stages; where they do not divide, earlier stages get fewer."""
+    """The strategy with its blocks spread over the stages; where they do not divide, earlier stages get fewer. Where
+    stages choose their recomputation, blocks take the allowed levels in turn.
+    """
     blocks, stages = num_segments - 2, strategy.num_stages
     starts = [1 + index * blocks // stages for index in range(stages)] + [num_segments]
     starts[0] = 0
+    levels = allowed_levels(strategy)
     cuts = tuple(
-        StagePlan(first_segment=starts[i], last_segment=starts[i + 1] - 1, recomputation=strategy.recomputation)
-        for i in range(stages)
+        StagePlan(
+            first_segment=first,
+            last_segment=end - 1,
+            recomputation=tuple(levels[i % len(levels)] for i in range(max(first, 1), min(end, num_segments - 1))),
+        )
+        for first, end in pairwise(starts)
     )
     return strategy.model_copy(update={"stages": cuts})
+
+
+def allowed_levels(strategy: Strategy) -> list[Recomputation]:
+    """The highest first."""
+    highest, least = strategy.recomputation, strategy.least_recomputation or strategy.recomputation
+    allowed = range(RECOMPUTATION_LEVELS[least], RECOMPUTATION_LEVELS[highest] + 1)
+    return [level for level, rank in reversed(RECOMPUTATION_LEVELS.items()) if rank in allowed]
 
 
 def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.errors import ConfigError
-from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
 from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
 
 
@@ -64,7 +64,7 @@ def test_two_names_of_one_program_are_listed_once() -> None:
 
 def test_order_is_canonical() -> None:
     found = strategies()
-    key = [(s.num_stages, s.batch_per_device, s.recomputation == "full", s.distribute_param) for s in found]
+    key = [(s.num_stages, s.batch_per_device, RECOMPUTATION_LEVELS[s.recomputation], s.distribute_param) for s in found]
     assert key == sorted(key)
     assert found[0] == Strategy(data_parallel=4, batch_per_device=1, num_micro_batches=2)
 
@@ -79,9 +79,7 @@ def test_order_is_canonical() -> None:
         ({"num_micro_batches": 4}, lambda s: s.num_micro_batches == 4),
         ({"schedule": "gpipe"}, lambda s: s.schedule == "gpipe" or s.num_stages == 1 or s.num_micro_batches == 1),
         ({"schedule": "1f1b"}, lambda s: s.schedule == "1f1b"),
-        ({"activation_recomputation": True}, lambda s: s.recomputation == "full"),
         ({"activation_recomputation": False}, lambda s: s.recomputation == "none"),
-        ({"activation_recomputation": "full"}, lambda s: s.recomputation == "full"),
         ({"distribute_parameter": True}, lambda s: s.distribute_param > 0 or s.data_parallel == 1),
         ({"distribute_parameter": False}, lambda s: s.distribute_param == 0),
         ({"distribute_parameter": 3}, lambda s: s.distribute_param == 3 or s.data_parallel == 1),
@@ -90,6 +88,22 @@ def test_order_is_canonical() -> None:
 def test_a_constraint_narrows_and_never_adds(constraint: dict[str, Any], allowed: Any) -> None:
     everything, narrowed = strategies(), strategies(**constraint)
     assert narrowed == [s for s in everything if allowed(s)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ranges"),
+    [
+        ("auto", ["none", "none to selective", "none to full"]),
+        (True, ["selective", "selective to full"]),
+        (False, ["none"]),
+        ("none", ["none"]),
+        ("selective", ["selective"]),
+        ("full", ["full"]),
+    ],
+)
+def test_a_named_recomputation_is_that_of_every_block(wanted: Any, ranges: list[str]) -> None:
+    found = strategies(activation_recomputation=wanted)
+    assert list(dict.fromkeys(s.recomputation_range for s in found)) == ranges
 
 
 def test_level_2_stays_available_with_one_micro_batch_when_it_is_the_only_one() -> None:
@@ -108,7 +122,6 @@ def test_level_2_stays_available_with_one_micro_batch_when_it_is_the_only_one() 
         ({"devices": 8, "data_parallel": 1, "blocks": 6}, ["6 blocks"]),
         ({"tensor_parallel": 2}, ["not emitted yet"]),
         ({"sequence_parallel": True}, ["not emitted yet"]),
-        ({"activation_recomputation": "selective"}, ["not emitted yet", "none, full"]),
     ],
 )
 def test_what_cannot_be_is_said_with_the_arithmetic(arguments: dict[str, Any], words: list[str]) -> None:

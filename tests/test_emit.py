@@ -7,7 +7,8 @@ import torch
 from torch import fx, nn
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.emit.stage import INPUTS, Recomputed, emit_stage, readable, state_tensors
+from autoparallel.emit.recompute import Recomputed
+from autoparallel.emit.stage import INPUTS, emit_stage, readable, state_tensors
 from autoparallel.plans.strategy import StagePlan, Strategy
 from tests.families import make_batch, make_model
 from tests.strategies import even_stages
@@ -46,7 +47,18 @@ def test_recomputation_wraps_blocks_and_leaves_the_ends_alone() -> None:
     assert wrapped == ["segment_1", "segment_2", "segment_3", "segment_4"]
 
 
-@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_each_block_has_its_own_level() -> None:
+    model = make_model("llama")
+    program = capture(model)
+    tensors = state_tensors(model, program)
+    plan = StagePlan(first_segment=0, last_segment=5, recomputation=("full", "none", "selective", "none"))
+    stage = emit_stage(program, plan, lambda name: tensors[name])
+    levels = {name: child.level for name, child in stage.named_children() if isinstance(child, Recomputed)}
+    assert levels == {"segment_1": "full", "segment_3": "selective"}
+    assert "# segment_3, selective recomputation" in readable(stage)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_the_text_of_a_stage_holds_its_blocks(recomputation: str) -> None:
     model = make_model("llama")
     first, second = (readable(stage) for stage in stages_of(model, capture(model), recomputation))

@@ -15,10 +15,16 @@ from tests.ranks import run_ranks
 
 ROWS = 8
 TOLERANCE = 1e-9
+RECOMPUTATIONS = {"none", "selective", "full", "none to selective", "none to full"}
 
 
 def offered(num_devices: int) -> list[Strategy]:
-    strategies = enumerate_strategies(num_devices=num_devices, batch_size=ROWS, num_blocks=4, constraints=Constraints())
+    """Recomputation at each single level, and mixed over the blocks of a stage."""
+    strategies: dict[Strategy, None] = {}
+    for recomputation in ("auto", "selective", "full"):
+        constraints = Constraints(activation_recomputation=recomputation)
+        found = enumerate_strategies(num_devices=num_devices, batch_size=ROWS, num_blocks=4, constraints=constraints)
+        strategies |= dict.fromkeys(found)
     assert {s.num_devices for s in strategies} == {num_devices}
     return [s for s in strategies if s.num_stages <= 4]
 
@@ -33,7 +39,7 @@ def prove(family: str, num_devices: int, strategies: list[Strategy], timeout: fl
 def test_the_offer_holds_every_kind_of_choice() -> None:
     strategies = offered(4)
     assert {s.num_stages for s in strategies} == {1, 2, 4}
-    assert {s.recomputation for s in strategies} == {"none", "full"}
+    assert {s.recomputation_range for s in strategies} == RECOMPUTATIONS
     assert {s.distribute_param for s in strategies} == {0, 1, 2, 3}
     assert {s.schedule for s in strategies} == {"gpipe", "1f1b"}
     assert {(s.num_stages, s.distribute_param) for s in strategies} >= {(2, level) for level in range(4)}
@@ -47,14 +53,29 @@ def test_every_offered_plan(family: str, num_devices: int) -> None:
     prove(family, num_devices, offered(num_devices), timeout=580)
 
 
-SAMPLED = {**FAMILIES, **UNSEEN}
+STRIDE = 27
+SAMPLED = [*FAMILIES, *UNSEEN]
+
+
+def sample(family: str) -> list[Strategy]:
+    """Two plans on four ranks; kinds of recomputation and layouts take turns over the families."""
+    chosen = []
+    for turn in range(2 * SAMPLED.index(family), 2 * SAMPLED.index(family) + 2):
+        recomputation = sorted(RECOMPUTATIONS)[turn % len(RECOMPUTATIONS)]
+        group = [s for s in offered(4) if s.recomputation_range == recomputation]
+        chosen.append(group[turn * STRIDE % len(group)])
+    return chosen
+
+
+def test_the_fast_sample_holds_every_kind_of_choice() -> None:
+    chosen = [strategy for family in FAMILIES for strategy in sample(family)]
+    recomputed = [s for s in chosen if s.recomputation != "none"]
+    assert {s.recomputation_range for s in chosen} == RECOMPUTATIONS
+    assert {s.num_stages for s in recomputed} == {1, 2, 4}
+    assert {s.schedule for s in recomputed if s.num_stages > 1} == {"gpipe", "1f1b"}
+    assert {s.distribute_param for s in recomputed} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in UNSEEN)])
 def test_a_covering_sample(family: str) -> None:
-    """Two plans a family on four ranks; over the families, every kind of choice."""
-    strategies = offered(4)
-    index = list(SAMPLED).index(family)
-    stride = len(strategies) // len(SAMPLED)
-    chosen = [strategies[index * stride], strategies[-1 - index * stride]]
-    prove(family, 4, chosen, timeout=120)
+    prove(family, 4, sample(family), timeout=120)

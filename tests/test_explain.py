@@ -57,6 +57,17 @@ def test_each_choice_shows_its_best_alternative(choice: str, row: str) -> None:
     assert re.search(rf"  {choice} +{row}", section("Each choice"))
 
 
+def test_candidates_that_became_one_program_are_one_runner_up() -> None:
+    """Where memory allows it, what might be recomputed is not."""
+    chosen = plans.with_stages(plans.strategy())
+    lenient = chosen.model_copy(update={"recomputation": "full", "least_recomputation": "none"})
+    price = plans.estimate(2, step_time_s=0.5, bubble=0.1)
+    candidates = tuple(Candidate(strategy=strategy, estimate=price) for strategy in (chosen, lenient))
+    text = explain(plans.sample_plan(candidates=candidates))
+    assert "No other candidate is possible." in text
+    assert re.search(r"recomputation +none +the same programs", text)
+
+
 def test_impossible_ones_are_grouped_with_amounts() -> None:
     text = section("Impossible")
     assert "2 by memory, 2.50 to 3.00 GiB short on a device; nearest: stage 1 does not fit" in text

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.segments import _saved_bytes
+from autoparallel.cost.segments import _kept_bytes, _saved_bytes, replayed
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.ops import flops
-from autoparallel.plans.strategy import StagePlan
+from autoparallel.plans.strategy import Recomputation, StagePlan
 from tests.families import FAMILIES, UNSEEN, make_batch, make_model
 
 ROWS, SEQ = 3, 24
@@ -67,43 +74,122 @@ def test_parameter_bytes_equal_the_models(family: str, programs: dict[str, Progr
     assert {p.name for p in graph.parameters} == {name for name, _ in model.named_parameters()}
 
 
-def kept_by_autograd(function: Any, inputs: list[Any], held: set[int]) -> int:
-    """Bytes of the distinct storages that autograd saves while `function` runs, beyond those in `held`."""
-    storages: dict[int, torch.UntypedStorage] = {}
+class LiveStorages(TorchDispatchMode):
+    """Every storage that an operator makes inside; afterwards, the bytes of those that are still alive."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            storages[storage.data_ptr()] = storage
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function(*inputs)
-    assert result is not None  # alive, so that no storage was reused
-    return sum(storage.nbytes() for storage in storages.values())
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self.made[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
+        return result
+
+    def size_bytes(self, but: set[int]) -> int:
+        """But for the storages in `but`."""
+        return sum(n for key, (storage, n) in self.made.items() if key not in but and not storage.expired())
 
 
-@pytest.mark.parametrize("family", PROVED)
-def test_saved_bytes_equal_what_autograd_keeps(family: str, programs: dict[str, Program]) -> None:
-    model = make_model(family, dtype=torch.float32)
-    program = capture(model)
+def storages(tensors: Iterable[Any]) -> set[int]:
+    return {StorageWeakRef(t.untyped_storage()).cdata for t in tensors if isinstance(t, torch.Tensor)}
+
+
+@dataclass
+class Block:
+    """An emitted block with the arguments that its stage gives it."""
+
+    module: nn.Module
+    arguments: list[Any]
+    held: set[int]
+    """Storages that live anyway: arguments, parameters, buffers."""
+
+    def forward(self) -> torch.Tensor:
+        result: torch.Tensor = self.module(*self.arguments)
+        return result
+
+
+def emitted_block(model: nn.Module, program: Program, recomputation: Recomputation) -> Block:
+    """The second block, as the whole model in one stage holds it."""
     graph, tensors = program.graph, state_tensors(model, program)
-    whole = StagePlan(first_segment=0, last_segment=graph.num_segments - 1, recomputation="none")
+    whole = StagePlan(first_segment=0, last_segment=graph.num_segments - 1, recomputation=recomputation)
     stage = emit_stage(program, whole, lambda name: tensors[name])
-    block, captured = stage.get_submodule("segment_2"), []
-    handle = block.register_forward_pre_hook(lambda module, args: captured.append(args))
-    batch = make_batch(ROWS, SEQ, padded=False)
-    stage(**batch, num_items=torch.tensor(ROWS * SEQ))
+    module, captured = stage.get_submodule("segment_2"), []
+    handle = module.register_forward_pre_hook(lambda module, args: captured.append(args))
+    stage(**make_batch(ROWS, SEQ, padded=False), num_items=torch.tensor(ROWS * SEQ))
     handle.remove()
-    held = {
-        t.untyped_storage().data_ptr()
-        for t in [*captured[0], *model.parameters(), *model.buffers()]
-        if isinstance(t, torch.Tensor)
-    }
-    measured = kept_by_autograd(block, list(captured[0]), held)
-    entering = {spec.name for spec in graph.boundaries[2]}
-    predicted = _saved_bytes(graph.segment_ops(2), entering, batch=ROWS, seq=SEQ)
-    assert predicted == pytest.approx(measured, rel=0.03)
+    inputs = [
+        t.detach().requires_grad_(t.is_floating_point() and t.requires_grad) if isinstance(t, torch.Tensor) else t
+        for t in captured[0]
+    ]
+    return Block(module, inputs, storages([*inputs, *model.parameters(), *model.buffers()]))
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", PROVED)
+def test_saved_bytes_equal_what_stays_alive(
+    family: str, recomputation: Recomputation, programs: dict[str, Program]
+) -> None:
+    """From the forward of one block to its backward: what autograd and the selective cache hold."""
+    model = make_model(family, dtype=torch.float32)
+    program = program_of(family, programs)
+    block = emitted_block(model, program, recomputation)
+    with LiveStorages() as live:
+        result = block.forward()
+    gc.collect()
+    measured = live.size_bytes(but=block.held | storages([result]))
+    ops, entering = program.graph.segment_ops(2), {spec.name for spec in program.graph.boundaries[2]}
+    size = {"batch": ROWS, "seq": SEQ}
+    predicted = {"none": _saved_bytes(ops, entering, **size), "selective": _kept_bytes(ops, **size), "full": 0}
+    assert predicted[recomputation] == pytest.approx(measured, rel=0.03)
+
+
+def flash_flops(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    """torch's table lacks the attention kernel of CPUs."""
+    rows, heads, length, head_dim = query
+    return 2 * rows * heads * length * key[2] * (head_dim + value[3])
+
+
+class ContractionFlops(TorchDispatchMode):
+    """FLOPs of the contractions that run inside. torch's own counter adds operators to a second run, which
+    selective recomputation takes for another program.
+    """
+
+    formulas = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(flash_flops)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self.formulas:
+            self.total += self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("recomputation", ["selective", "full"])
+@pytest.mark.parametrize("family", PROVED)
+def test_backward_repeats_the_predicted_flops(
+    family: str, recomputation: Recomputation, programs: dict[str, Program]
+) -> None:
+    """Forward is left before the last kernels, whose results nobody needs again."""
+    model = make_model(family, dtype=torch.float32)
+    program = program_of(family, programs)
+    counted = {}
+    for level in ("none", recomputation):
+        result = emitted_block(model, program, level).forward()
+        with ContractionFlops() as counter:
+            result.sum().backward()
+        counted[level] = counter.total
+    ops = program.graph.segment_ops(2)
+    repeated = [op for op in replayed(ops) if recomputation == "full" or not op.kept]
+    predicted = sum(flops(op, batch=ROWS, seq=SEQ).forward for op in repeated)
+    assert counted[recomputation] - counted["none"] == predicted
+    assert (predicted == 0) == (recomputation == "selective")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def _cost(saved: int, selective: int, entering: int, workspace: int) -> SegmentC
         forward_s=1.0,
         backward_s=2.0,
         recompute_selective_s=0.5,
+        recompute_full_s=1.0,
         saved_bytes=saved,
         saved_selective_bytes=selective,
         input_bytes=entering,

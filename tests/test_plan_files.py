@@ -132,6 +132,9 @@ def test_what_is_not_json_is_refused_with_its_place(tmp_path: Path, content: str
         ("constraints.num_stages", 1.5, "constraints.num_stages: "),
         ("flavor.num_devices", 0, "flavor.num_devices: "),
         ("strategy.stages.0.first_segmnt", 0, "strategy.stages[0].first_segmnt: unknown field, did you mean"),
+        ("strategy.stages.0.recomputation", "half", "strategy.stages[0].recomputation: "),
+        ("strategy.stages.0.recomputation", ["full", "half"], "strategy.stages[0].recomputation: "),
+        ("strategy.stages.0.recomputation", [], "strategy.stages[0].recomputation: "),
         ("batch_sise", 1, "batch_sise: unknown field, did you mean 'batch_size'?"),
         ("estimate.breakdown_s.bubbles", 0.0, "did you mean 'bubble'?"),
         ("candidates.0.rejection", None, ""),
@@ -204,6 +207,52 @@ def test_only_contiguous_stage_ranges_make_a_plan(ranges: list[tuple[int, int]])
         with pytest.raises(PlanMismatchError) as caught:
             plans.sample_plan(strategy=chosen)
         assert caught.value.exit_code == 4
+
+
+def with_recomputation(*stages: Any, **changes: Any) -> Plan:
+    """The sample plan, its two stages of four blocks recomputed as given."""
+    chosen = plans.with_stages(plans.strategy(**{"recomputation": "full", "least_recomputation": "none", **changes}))
+    assert chosen.stages is not None
+    found = (
+        StagePlan(first_segment=plan.first_segment, last_segment=plan.last_segment, recomputation=recomputation)
+        for plan, recomputation in zip(chosen.stages, stages, strict=True)
+    )
+    return plans.sample_plan(strategy=chosen.model_copy(update={"stages": tuple(found)}))
+
+
+MIXED = ("full", "selective", "none", "none")
+
+
+def test_mixed_recomputation_survives_a_file(tmp_path: Path) -> None:
+    plan = with_recomputation(MIXED, "selective")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert "1 full, 1 selective, 2 none" in plan.explain()
+
+
+def test_blocks_that_agree_are_one_name() -> None:
+    assert with_recomputation(("full",) * 4, MIXED) == with_recomputation("full", MIXED)
+    assert with_recomputation(("full",) * 4, MIXED).to_json() == with_recomputation("full", MIXED).to_json()
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "message"),
+    [
+        ((MIXED[:3], "none"), {}, r"stages\[0\]\.recomputation: 3 names for 4 blocks"),
+        (("none", (*MIXED, "none")), {}, r"stages\[1\]\.recomputation: 5 names for 4 blocks"),
+        (("none", MIXED), {"recomputation": "selective"}, r"stages\[1\]\.recomputation: full is not in none to sel"),
+        ((MIXED, "full"), {"least_recomputation": "selective"}, r"stages\[0\]\.recomputation: none is not in sel"),
+        (("full", "none"), {"least_recomputation": None}, r"stages\[1\]\.recomputation: none is not in full"),
+    ],
+)
+def test_recomputation_must_fit_its_blocks_and_the_strategy(stages: Any, changes: Any, message: str) -> None:
+    with pytest.raises(PlanMismatchError, match=message):
+        with_recomputation(*stages, **changes)
+
+
+def test_a_least_recomputation_is_less() -> None:
+    with pytest.raises(ValueError, match="not less"):
+        plans.strategy(recomputation="selective", least_recomputation="full")
 
 
 def test_stage_count_must_match() -> None:

@@ -27,7 +27,7 @@ from autoparallel.search.price import compile_candidate, cut_and_price, price
 from autoparallel.search.progress import is_shown
 from autoparallel.search.select import search, select_best_graph_from_candidates
 from autoparallel.space.candidates import enumerate_strategies
-from tests.test_cuts import all_cuts, excess_bytes
+from tests.test_cuts import all_cuts, excess_bytes, relaxed
 from tests.workloads import CPU_CORES, GIB, cpus, gpus, random_workloads, segment, workload
 
 ANY = Constraints()
@@ -52,7 +52,7 @@ def dumped(candidates: list[Candidate]) -> str:
 @given(drawn=random_workloads(max_blocks=5))
 @settings(max_examples=40, deadline=None)
 def test_the_choice_equals_brute_force(drawn: Workload) -> None:
-    """Enumerate × all cuts × price."""
+    """Enumerate × all cuts × all levels × price."""
     fitting = [s for s in strategies(drawn) if s.num_stages <= drawn.num_blocks]
     cuts = [cut for s in fitting for cut in all_cuts(drawn, s) if excess_bytes(drawn, cut) <= 0]
     found = search(drawn, ANY, workers=0)
@@ -62,7 +62,8 @@ def test_the_choice_equals_brute_force(drawn: Workload) -> None:
         return
     chosen = select_best_graph_from_candidates(found)
     assert chosen.estimate is not None
-    assert chosen.estimate.step_time_s == min(price(drawn, cut).step_time_s for cut in cuts)
+    best_s = min(price(drawn, relaxed(drawn, cut)).step_time_s for cut in cuts)
+    assert chosen.estimate.step_time_s == pytest.approx(best_s, rel=1e-9)
     assert chosen.estimate == price(drawn, chosen.strategy)
     assert excess_bytes(drawn, chosen.strategy) <= 0
 
@@ -195,6 +196,19 @@ def test_given_stages_are_kept() -> None:
     )
     with pytest.raises(ConfigError, match="not a cut"):
         compile_candidate(drawn, strategy.model_copy(update={"stages": plans[1:]}))
+
+
+def test_given_levels_are_priced_block_by_block() -> None:
+    drawn = workload(gpus(1), num_blocks=4, batch_size=8, parameters=(0,) * 6)
+
+    def recompute_s(recomputation: Any) -> float:
+        plan = StagePlan(first_segment=0, last_segment=5, recomputation=recomputation)
+        return cut_and_price(drawn, Strategy(num_micro_batches=8, stages=(plan,))).breakdown_s.recompute
+
+    assert recompute_s(("full", "none", "selective", "none")) == pytest.approx(8 * (1e-3 + 1e-3 / 4))
+    assert recompute_s(("full",) * 4) == recompute_s("full") == pytest.approx(8 * 4e-3)
+    with pytest.raises(ConfigError, match="3 recomputation levels are given for the 4 blocks"):
+        recompute_s(("full", "none", "none"))
 
 
 @pytest.mark.parametrize(

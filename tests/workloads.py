@@ -50,6 +50,7 @@ def segment(*, forward_s: float, **changes: Any) -> SegmentCost:
         "forward_s": forward_s,
         "backward_s": 2 * forward_s,
         "recompute_selective_s": forward_s / 4,
+        "recompute_full_s": forward_s,
         "saved_bytes": 4_000_000,
         "saved_selective_bytes": 2_000_000,
         "input_bytes": 100_000,
@@ -108,9 +109,12 @@ def random_workloads(draw: st.DrawFn, *, max_blocks: int = 6, max_devices: int =
     milliseconds = st.integers(0, 20).map(lambda n: n / 1000)
     costs = tuple(
         segment(
-            forward_s=draw(milliseconds),
+            forward_s=(forward_s := draw(milliseconds)),
             backward_s=draw(milliseconds),
-            saved_bytes=draw(st.integers(0, 8_000_000)),
+            recompute_selective_s=forward_s * draw(st.sampled_from([0.0, 0.25])),
+            recompute_full_s=forward_s * draw(st.sampled_from([0.75, 1.0])),
+            saved_bytes=(saved_bytes := draw(st.integers(0, 8_000_000))),
+            saved_selective_bytes=draw(st.integers(0, saved_bytes)),
             input_bytes=draw(st.integers(0, 400_000)),
             workspace_bytes=draw(st.integers(0, 3_000_000)),
         )

@@ -1,23 +1,29 @@
 """fx program -> Graph: symbolic shapes, what autograd saves, parameters, boundaries, and which blocks are equal.
 
-What is saved is observed, not tabulated: the program runs once on fake tensors under autograd with saved-tensor hooks,
-the attention op already in the form it is emitted in, so any operator of any family is right by construction.
+What is saved, and what selective recomputation keeps, is observed, not tabulated: the program runs once on fake tensors
+under autograd with saved-tensor hooks, the attention op already in the form it is emitted in, so any operator of any
+family is right by construction.
 """
 
 from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.capture.attention import Attention
 from autoparallel.capture.export import Exported
+from autoparallel.capture.kept import is_kept
 from autoparallel.capture.segments import Segments, module_path
 from autoparallel.ir.dims import Dim
 from autoparallel.ir.graph import Argument, Graph, Op, Parameter, Ref, SavedTensor, TensorSpec
@@ -75,6 +81,7 @@ class _Annotator:
             is_view=node in self.observed.views,
             is_pointwise=_is_pointwise(node.target),
             saved=tuple(self.observed.saved.get(node, ())),
+            kept=tuple(self.observed.kept.get(node, ())),
             module=module_path(node),
             source=stack[-2].strip() if len(stack) > 1 else "",
         )
@@ -190,7 +197,9 @@ def named_arguments(node: fx.Node) -> list[tuple[str, Any]]:
 
 
 class _Observer(fx.Interpreter):
-    """Runs the program on fake tensors under autograd and notes views, differentiable values and saved storages."""
+    """Runs the program on fake tensors under autograd and notes views, differentiable values, saved and kept
+    storages.
+    """
 
     def __init__(self, annotator: _Annotator) -> None:
         super().__init__(annotator.module, garbage_collect_values=False)
@@ -198,7 +207,9 @@ class _Observer(fx.Interpreter):
         self.views: set[fx.Node] = set()
         self.differentiable: set[fx.Node] = set()
         self.saved: dict[fx.Node, list[SavedTensor]] = {}
+        self.kept: dict[fx.Node, list[SavedTensor]] = {}
         self.owner: dict[int, str] = {}
+        self.num_hidden = 0
         self.alive: list[Tensor] = []  # storages are told apart by address, so none may be freed and reused
         self.current: fx.Node | None = None
 
@@ -209,6 +220,7 @@ class _Observer(fx.Interpreter):
             placeholders[0].fake_mode,
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t),
+            _KeptOutputs(self.keep),
         ):
             super().run(*placeholders)
         return self
@@ -218,17 +230,34 @@ class _Observer(fx.Interpreter):
         key = tensor.untyped_storage()._cdata
         self.alive.append(tensor)
         if key not in self.owner:
-            hidden = f"{self.current.name}:{len(self.saved.get(self.current, ()))}"
-            self.owner[key] = self.transposed_parameter(tensor) or hidden
-        size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-        entry = SavedTensor(self.owner[key], self.annotator.dim(size), dtype_name(tensor.dtype))
-        self.saved.setdefault(self.current, []).append(entry)
+            self.owner[key] = self.transposed_parameter(tensor) or self.hidden()
+        self.saved.setdefault(self.current, []).append(self.storage(tensor))
         return tensor
 
+    def keep(self, tensor: Tensor) -> None:
+        """A storage that a kept kernel makes."""
+        assert self.current is not None
+        self.alive.append(tensor)
+        self.owner.setdefault(tensor.untyped_storage()._cdata, self.hidden())
+        self.kept.setdefault(self.current, []).append(self.storage(tensor))
+
+    def hidden(self) -> str:
+        """A new name for a storage that the current op makes."""
+        assert self.current is not None
+        self.num_hidden += 1
+        return f"{self.current.name}:{self.num_hidden}"
+
+    def storage(self, tensor: Tensor) -> SavedTensor:
+        storage = tensor.untyped_storage()
+        numel = self.annotator.dim(storage.nbytes() // tensor.dtype.itemsize)
+        return SavedTensor(self.owner[storage._cdata], numel, dtype_name(tensor.dtype))
+
     def keeps_result(self, node: fx.Node, key: int) -> None:
-        """An op that keeps its own result (softmax, rsqrt) was seen keeping it before it returned it."""
+        """An op that keeps its own result (softmax, rsqrt, a contraction) was seen keeping it before it returned it."""
         hidden, self.owner[key] = self.owner[key], node.name
-        self.saved[node] = [replace(s, storage=node.name) if s.storage == hidden else s for s in self.saved[node]]
+        for noted in (self.saved, self.kept):
+            entries = noted.get(node, ())
+            noted[node] = [replace(s, storage=node.name) if s.storage == hidden else s for s in entries]
 
     def transposed_parameter(self, tensor: Tensor) -> str | None:
         """A linear's saved weight: its fake transpose does not share the weight's storage, as the real one does."""
@@ -286,6 +315,23 @@ def _is_pointwise(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return torch.Tag.pointwise in target.tags or target._schema.name.removeprefix("aten::") in _COPIES
+
+
+class _KeptOutputs(TorchDispatchMode):
+    """Hands what selective recomputation would keep to `note`, one tensor at a time."""
+
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result) if is_kept(func, args, kwargs or {}) else ():
+            if isinstance(value, Tensor):
+                self.note(value)
+        return result
 
 
 def canonical_parameter_names(exported: Exported) -> dict[str, str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autoparallel.cost.workload import ParameterCount, Workload
-from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
+from autoparallel.plans.strategy import StagePlan, Strategy
 
 
 def capacity_bytes(workload: Workload) -> int:
@@ -104,17 +104,10 @@ def _largest_sum(values: Sequence[int], count: int) -> int:
     return sum(sorted(values)[-count:])
 
 
-def _recomputation(workload: Workload, plan: StagePlan, segment: int) -> Recomputation:
-    """Of one segment: what comes before the first block and after the last one is never recomputed."""
-    is_block = 0 < segment < len(workload.segment_classes) - 1
-    return plan.recomputation if is_block else "none"
-
-
 def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:
     """Activations of a segment, its input left out, that stay from forward to backward of one micro-batch."""
-    cost = workload.cost(segment, strategy.batch_per_device)
-    kept = {"none": cost.saved_bytes, "selective": cost.saved_selective_bytes, "full": 0}
-    return kept[_recomputation(workload, plan, segment)]
+    level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
+    return workload.cost(segment, strategy.batch_per_device).kept_bytes(level)
 
 
 def _activation_bytes(workload: Workload, strategy: Strategy, stage: int) -> int:
@@ -141,7 +134,6 @@ def _workspace_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) ->
     """The largest transient of one segment: its workspace, and the activations that its backward rebuilds."""
     transients = []
     for segment in _segments(plan):
-        cost = workload.cost(segment, strategy.batch_per_device)
-        rebuilt = max(0, cost.saved_bytes - _kept_bytes(workload, strategy, plan, segment))
-        transients.append(cost.workspace_bytes + rebuilt)
+        level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
+        transients.append(workload.cost(segment, strategy.batch_per_device).transient_bytes(level))
     return max(transients)

@@ -92,7 +92,7 @@ def _segment_cost(
     size = {"batch": batch, "seq": seq}
     counted = [flops(op, **size) for op in ops]
     forward = [_forward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
-    contraction_s = sum(t for op, t in zip(ops, forward, strict=True) if _kind(op) != "memory")
+    again = replayed(ops)
     gradients = sum(p.numel for p in graph.parameters if p.trainable and segment in p.segments)
     # A micro-batch adds its gradients to the ones before it: two reads and a write.
     accumulate_s = memory_s(table, 3 * gradients * precision.gradient_bytes)
@@ -100,9 +100,10 @@ def _segment_cost(
     return SegmentCost(
         forward_s=sum(forward),
         backward_s=sum(_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)) + accumulate_s,
-        recompute_selective_s=sum(forward) - contraction_s,
+        recompute_selective_s=sum(_rebuild_s(op, table, **size) for op in again),
+        recompute_full_s=sum(forward[: len(again)]),
         saved_bytes=_saved_bytes(ops, entering, **size),
-        saved_selective_bytes=_contracted_bytes(ops, **size),
+        saved_selective_bytes=_kept_bytes(ops, **size),
         input_bytes=sum(spec.size_bytes(**size) for spec in graph.boundaries[segment]),
         workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
         forward_flops=sum(f.forward for f in counted),
@@ -166,24 +167,39 @@ def _saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> 
     """Distinct storages that autograd keeps, made by these segments' own ops: parameters, inputs and free tensors are
     held anyway.
     """
-    made = {op.name for op in ops} | {f"{op.name}:{i}" for op in ops for i in range(len(op.saved))}
+    made = {op.name for op in ops} - entering
     kept = {
-        s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage in made - entering
+        s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage.split(":")[0] in made
     }
     windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < attention_window(op) < seq)
     return sum(kept.values()) + windowed
 
 
-def _contracted_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
-    """What selective recomputation keeps: the outputs of contractions, and what attention saves beside its own."""
-    kept = 0
-    for op in ops:
-        if _kind(op) != "memory":
-            kept += sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in op.outputs)
-        if _kind(op) == "attention":
-            hidden = [s for s in op.saved if s.storage.startswith(op.name + ":")]
-            kept += sum(s.size_bytes(batch=batch, seq=seq) for s in hidden)
-    return kept
+def _kept_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+    """What selective recomputation keeps, each output of a contraction in a storage of its own."""
+    return sum(s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.kept)
+
+
+def replayed(ops: list[Op]) -> list[Op]:
+    """The ops of a block that recomputation reaches: it stops at the last tensor that autograd saves, before the kernel
+    of the op that saves it, or after it where that is a result of the kernel.
+    """
+    last = max((i for i, op in enumerate(ops) if op.saved), default=-1)
+    if last < 0:
+        return []
+    saves_result = any(s.storage.split(":")[0] == ops[last].name for s in ops[last].saved)
+    return ops[: last + saves_result]
+
+
+def _rebuild_s(op: Op, table: CostTable, *, batch: int, seq: int) -> float:
+    """Running `op` again under selective recomputation: what it keeps is read, and only the rest is made anew."""
+    if not op.kept:
+        return _forward_s(op, flops(op, batch=batch, seq=seq), table, batch=batch, seq=seq)
+    made = {spec.name: spec.size_bytes(batch=batch, seq=seq) for spec in op.outputs}
+    made |= {s.storage: s.size_bytes(batch=batch, seq=seq) for s in op.saved if s.storage.split(":")[0] == op.name}
+    kept = {s.storage: s.size_bytes(batch=batch, seq=seq) for s in op.kept}
+    rebuilt_bytes = sum(size for storage, size in made.items() if storage not in kept)
+    return memory_s(table, rebuilt_bytes + sum(kept.values())) if rebuilt_bytes else 0.0
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:

@@ -7,6 +7,7 @@ from pydantic import Field
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.schema import Schema
+from autoparallel.plans.strategy import Recomputation
 
 
 class SegmentCost(Schema):
@@ -16,7 +17,9 @@ class SegmentCost(Schema):
     backward_s: float
     """Without recomputation."""
     recompute_selective_s: float
-    """Forward work repeated in backward under selective recomputation; under full recomputation it is `forward_s`."""
+    """Forward work repeated in backward under selective recomputation."""
+    recompute_full_s: float
+    """The same under full recomputation, which stops at the last tensor that backward needs."""
     saved_bytes: int
     """Activations kept from forward to backward without recomputation, beyond its input."""
     saved_selective_bytes: int
@@ -28,6 +31,18 @@ class SegmentCost(Schema):
     forward_flops: int
     backward_flops: int
     """Model FLOPs, without recomputation, causality not subtracted."""
+
+    def kept_bytes(self, recomputation: Recomputation) -> int:
+        """Activations, the input left out, that stay from forward to backward."""
+        return {"none": self.saved_bytes, "selective": self.saved_selective_bytes, "full": 0}[recomputation]
+
+    def recompute_s(self, recomputation: Recomputation) -> float:
+        """Forward work that backward repeats."""
+        return {"none": 0.0, "selective": self.recompute_selective_s, "full": self.recompute_full_s}[recomputation]
+
+    def transient_bytes(self, recomputation: Recomputation) -> int:
+        """Workspace, and the activations that backward rebuilds."""
+        return self.workspace_bytes + max(0, self.saved_bytes - self.kept_bytes(recomputation))
 
 
 class ParameterCount(Schema):

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
 from autoparallel.capture.annotate import named_arguments
 from autoparallel.capture.attention import ATTENTION_TARGET, Attention
 from autoparallel.capture.program import Program
 from autoparallel.emit.collectives import FUNCTIONS
 from autoparallel.emit.randomness import Apart
+from autoparallel.emit.recompute import Recomputed, recomputed
 from autoparallel.ir.graph import Argument, Op, Ref
 from autoparallel.plans.strategy import StagePlan
 from autoparallel.tensor_parallel.lower import LoweredSegment
@@ -35,19 +35,6 @@ _CAPTURED_ON = torch.device("cpu")
 
 Tensors = Callable[[str], Tensor]
 """From a canonical parameter, buffer or constant name to the tensor that the emitted module holds."""
-
-
-class Recomputed(nn.Module):
-    """A block that keeps its inputs and runs again in backward (Chen et al., arXiv 1604.06174)."""
-
-    BLOCK = "block"
-
-    def __init__(self, block: fx.GraphModule) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any) -> Any:
-        return checkpoint(self.block, *args, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ def readable(stage: fx.GraphModule) -> str:
     parts = [stage.print_readable(print_output=False)]
     for name, child in stage.named_children():
         if isinstance(child, Recomputed):
-            parts.append(f"# {name}, recomputed in backward\n{child.block.print_readable(print_output=False)}")
+            parts.append(f"# {name}, {child.level} recomputation\n{child.block.print_readable(print_output=False)}")
     return "\n".join(parts)
 
 
@@ -141,8 +128,8 @@ class _StageEmitter:
             return
         block, arguments, results = _BlockEmitter(self, segment, lowered).emit(f"Segment{segment}")
         name = f"segment_{segment}"
-        inner = 0 < segment < self.program.graph.num_segments - 1
-        self.root[name] = Recomputed(block) if inner and self.stage.recomputation == "full" else block
+        level = self.stage.recomputation_of(segment, num_segments=self.program.graph.num_segments)
+        self.root[name] = recomputed(block, level)
         call = self.graph.call_module(name, tuple(self.value(node) for node in arguments))
         call.meta["segment"] = segment
         for index, node in enumerate(results):

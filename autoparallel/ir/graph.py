@@ -42,7 +42,7 @@ class SavedTensor:
     """A storage that autograd keeps from forward to backward; tensors that share one are kept once."""
 
     storage: str
-    """The op, input or parameter whose output owns the storage; `op:k` for the k-th one that only the kernel sees."""
+    """The op, input or parameter whose output owns the storage; `op:k` where only the kernel of `op` sees it."""
     numel: Dim
     dtype: str
 
@@ -78,6 +78,8 @@ class Op:
     is_pointwise: bool
     """Each output element depends on one element of each input, up to broadcasting."""
     saved: tuple[SavedTensor, ...]
+    kept: tuple[SavedTensor, ...]
+    """What selective recomputation keeps of it: the outputs of its contractions; empty where it runs again."""
     module: str
     """The module that ran it, as in `named_modules()`."""
     source: str

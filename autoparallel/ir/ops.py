@@ -24,6 +24,9 @@ CONTRACTIONS: dict[str, str] = {
     "autoparallel.attention.default": "b h s d, b g t d, b g t e -> b s h e",
 }
 ATTENTION = "autoparallel.attention.default"
+ATTENTION_KERNELS = "aten._scaled_dot_product_"
+"""What scaled_dot_product_attention turns into: one kernel by device, dtype and mask, all under this prefix."""
+COLLECTIVES = "_c10d_functional."
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
@@ -86,6 +89,13 @@ def contracted_inputs(op: Op) -> tuple[int, ...]:
         return ()
     operands = signature.split("->")[0].split(",")
     return tuple(i for i, operand in enumerate(operands) if operand.strip() != "_")
+
+
+def is_heavy(kernel: str) -> bool:
+    """Whether a kernel contracts or communicates. Composite contractions (linear, matmul) reach kernels as the other
+    lines of the table.
+    """
+    return kernel in CONTRACTIONS or kernel.startswith((ATTENTION_KERNELS, COLLECTIVES))
 
 
 def _attention_flops(op: Op, *, batch: int, seq: int) -> Flops:

@@ -17,7 +17,7 @@ from autoparallel.ir.schema import Schema
 from autoparallel.plans import files
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Estimate
-from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
 
 SCHEMA_VERSION = "1.0"
 WRONG_PLAN = "make the plan again with `autoparallel plan`"
@@ -63,6 +63,7 @@ class Plan(Schema):
     def _is_consistent(self) -> Plan:
         _check_arithmetic(self)
         _check_stages(self)
+        _check_recomputation(self)
         _check_amounts(self)
         return self
 
@@ -170,6 +171,29 @@ def _check_stages(plan: Plan) -> None:
             why=f"{plan.model.num_blocks} blocks, what comes before and what comes after are {num_segments} segments",
             remedy=WRONG_PLAN,
         )
+
+
+def _check_recomputation(plan: Plan) -> None:
+    """A name for every block where there are several, and none beyond what the strategy allows."""
+    strategy = plan.strategy
+    highest, least = strategy.recomputation, strategy.least_recomputation or strategy.recomputation
+    allowed = range(RECOMPUTATION_LEVELS[least], RECOMPUTATION_LEVELS[highest] + 1)
+    for index, stage in enumerate(strategy.stages or ()):
+        where, names = f"strategy.stages[{index}].recomputation", stage.recomputation
+        num_blocks = len(stage.blocks(plan.model.num_blocks + 2))
+        if isinstance(names, tuple) and len(names) != num_blocks:
+            raise PlanMismatchError(
+                f"{where}: {len(names)} names for {num_blocks} blocks.",
+                why="it is one name for all blocks of the stage, or one for each",
+                remedy=WRONG_PLAN,
+            )
+        for name in names if isinstance(names, tuple) else (names,):
+            if RECOMPUTATION_LEVELS[name] not in allowed:
+                raise PlanMismatchError(
+                    f"{where}: {name} is not in {strategy.recomputation_range}.",
+                    why="strategy.recomputation is the highest level, least_recomputation the lowest",
+                    remedy=WRONG_PLAN,
+                )
 
 
 def _check_amounts(plan: Plan) -> None:

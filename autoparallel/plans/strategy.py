@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from autoparallel.ir.schema import Schema
 
 Recomputation = Literal["none", "selective", "full"]
+StageRecomputation = Recomputation | Annotated[tuple[Recomputation, ...], Field(min_length=1)]
+"""Of all blocks of a stage, or of each in order."""
 ScheduleName = Literal["gpipe", "1f1b"]
-RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
+RECOMPUTATION_LEVELS: dict[Recomputation, int] = {"none": 0, "selective": 1, "full": 2}
 
 
 class StagePlan(Schema):
     """One pipeline stage: the segments `first_segment .. last_segment` of the graph, both included.
 
     Segment 0 is what comes before the first repeated block (embedding), the last is what comes after the last one
-    (norm, head, loss).
+    (norm, head, loss). Both are never recomputed.
     """
 
     first_segment: int = Field(ge=0)
     last_segment: int = Field(ge=0)
-    recomputation: Recomputation
+    recomputation: StageRecomputation
+
+    @field_validator("recomputation")
+    @classmethod
+    def _one_name_where_all_are_equal(cls, value: StageRecomputation) -> StageRecomputation:
+        return value[0] if len(set(value)) == 1 and isinstance(value, tuple) else value
+
+    def blocks(self, num_segments: int) -> range:
+        """The segments of the stage that are blocks, in a model of `num_segments`."""
+        return range(max(self.first_segment, 1), min(self.last_segment, num_segments - 2) + 1)
+
+    def recomputation_of(self, segment: int, *, num_segments: int) -> Recomputation:
+        """The level of one segment of the stage."""
+        blocks = self.blocks(num_segments)
+        if segment not in blocks:
+            return "none"
+        names = self.recomputation
+        return names[segment - blocks.start] if isinstance(names, tuple) else names
 
 
 class Strategy(Schema):
@@ -31,6 +50,9 @@ class Strategy(Schema):
 
     `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too,
     reduced after every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
+
+    `recomputation` is the level of every block. With `least_recomputation` it is the highest one: stages give blocks
+    back to cheaper levels, down to the least, as far as memory allows.
     """
 
     num_stages: int = Field(default=1, ge=1)
@@ -39,6 +61,7 @@ class Strategy(Schema):
     batch_per_device: int = Field(default=1, ge=1)
     num_micro_batches: int = Field(default=1, ge=1)
     recomputation: Recomputation = "none"
+    least_recomputation: Recomputation | None = None
     distribute_param: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     schedule: ScheduleName = "1f1b"
@@ -48,6 +71,19 @@ class Strategy(Schema):
     stages: tuple[StagePlan, ...] | None = None
     splits: tuple[tuple[str, ...], ...] | None = None
     """By segment class: the parameter dims that tensor parallelism shards, chosen by cost when the plan is made."""
+
+    @model_validator(mode="after")
+    def _least_is_less(self) -> Strategy:
+        least = self.least_recomputation
+        if least is not None and RECOMPUTATION_LEVELS[least] >= RECOMPUTATION_LEVELS[self.recomputation]:
+            raise ValueError(f"least_recomputation={least!r} is not less than recomputation={self.recomputation!r}")
+        return self
+
+    @property
+    def recomputation_range(self) -> str:
+        """`full`, or `none to full` where stages choose."""
+        least = self.least_recomputation
+        return self.recomputation if least is None else f"{least} to {self.recomputation}"
 
     @property
     def num_devices(self) -> int:
@@ -63,7 +99,7 @@ class Strategy(Schema):
         parts += [f"num_micro_batches : {self.num_micro_batches}", f"batch_per_device : {self.batch_per_device}"]
         parts.append(f"data_parallel : {self.data_parallel}")
         parts.append(f"tensor_parallel : {self.tensor_parallel}" if self.tensor_parallel > 1 else "No TP")
-        parts += [f"recomputation : {self.recomputation}", f"distribute_param : {self.distribute_param}"]
+        parts += [f"recomputation : {self.recomputation_range}", f"distribute_param : {self.distribute_param}"]
         if self.num_stages > 1:
             parts.append(f"schedule : {self.schedule}")
         return ", ".join(parts)
@@ -76,8 +112,9 @@ class Constraints(Schema):
     """What the user fixes; `"auto"` leaves a choice open. A value narrows the search, it never bypasses it.
 
     `num_stages` is the largest number of stages; `pipeline_parallel=False` allows one. `distribute_parameter` takes
-    True (any level from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (selective or
-    full), False, or a name. `memory_ratio` is the share of each device's memory the plan may use.
+    True (any level from 1 to 3), False (level 0) or a level. `activation_recomputation` takes True (every block
+    selective or full), False (none), or a name (every block at just that level). `memory_ratio` is the share of each
+    device's memory the plan may use.
     """
 
     pipeline_parallel: bool = True

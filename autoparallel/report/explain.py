@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection
 from autoparallel.plans.plan import Plan
-from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 
 WIDTH = 110
 NUM_RUNNERS_UP = 5
@@ -23,7 +23,7 @@ CHOICES: dict[str, Callable[[Strategy], str]] = {
     "stages": lambda s: str(s.num_stages),
     "tensor parallel": lambda s: str(s.tensor_parallel),
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
-    "recomputation": lambda s: s.recomputation,
+    "recomputation": lambda s: s.recomputation_range,
     "sharding": lambda s: f"distribute_param {s.distribute_param}",
     "schedule": lambda s: s.schedule,
 }
@@ -84,7 +84,7 @@ def _stages(plan: Plan) -> str:
     for index, (stage, cost) in enumerate(zip(plan.strategy.stages or (), plan.estimate.stages, strict=True)):
         times = [_duration(cost.forward_s), _duration(cost.backward_s)]
         holds = _holds(stage, num_blocks=plan.model.num_blocks)
-        rows.append([str(index), holds, _count(cost.parameters), *times, stage.recomputation])
+        rows.append([str(index), holds, _count(cost.parameters), *times, _levels(stage)])
     return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
 
 
@@ -135,9 +135,16 @@ def _alternatives(plan: Plan, possible: list[Priced]) -> str:
             costs = [_duration(estimate.step_time_s), f"{change:+.1f} %", _loss(plan.estimate, estimate)]
             rows.append([name, chosen, value(strategy), *costs])
         else:
-            tried = sum(value(candidate.strategy) != chosen for candidate in plan.candidates)
-            rows.append([name, chosen, f"none possible of {tried}" if tried else "none tried", "-", "-", "-"])
+            rows.append([name, chosen, _no_alternative(plan, value, chosen), "-", "-", "-"])
     return "Each choice: the best candidate that differs in it, other choices free\n" + _table(rows, left=(0, 1, 2, 5))
+
+
+def _no_alternative(plan: Plan, value: Callable[[Strategy], str], chosen: str) -> str:
+    """Why no other program takes another value for a choice."""
+    others = [candidate for candidate in plan.candidates if value(candidate.strategy) != chosen]
+    if any(candidate.estimate is not None for candidate in others):
+        return "the same programs"
+    return f"none possible of {len(others)}" if others else "none tried"
 
 
 def _impossible(plan: Plan) -> str:
@@ -162,17 +169,24 @@ def _assumptions(plan: Plan) -> str:
 
 
 def _possible(plan: Plan) -> list[Priced]:
-    """Possible candidates, cheapest first, each strategy once; ties keep the order of enumeration."""
+    """Possible candidates, cheapest first, each program once; ties keep the order of enumeration."""
     unique: dict[str, Priced] = {}
     for candidate in plan.candidates:
         if candidate.estimate is not None:
-            unique.setdefault(_identity(candidate.strategy), (candidate.strategy, candidate.estimate))
+            unique.setdefault(_program(candidate.strategy), (candidate.strategy, candidate.estimate))
     return sorted(unique.values(), key=lambda pair: pair[1].step_time_s)
 
 
 def _identity(strategy: Strategy) -> str:
     """Candidates may or may not have their stages filled in."""
     return strategy.model_copy(update={"stages": None}).model_dump_json()
+
+
+def _program(strategy: Strategy) -> str:
+    """What runs: equal stages are equal, whatever recomputation their strategies would have allowed."""
+    if strategy.stages is None:
+        return _identity(strategy)
+    return strategy.model_copy(update={"recomputation": "none", "least_recomputation": None}).model_dump_json()
 
 
 def _same(one: Strategy, other: Strategy) -> bool:
@@ -182,7 +196,7 @@ def _same(one: Strategy, other: Strategy) -> bool:
 def _label(strategy: Strategy) -> str:
     parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
-    parts += [strategy.recomputation, f"shard {strategy.distribute_param}", strategy.schedule]
+    parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", strategy.schedule]
     return ", ".join(parts)
 
 
@@ -208,6 +222,15 @@ def _holds(stage: StagePlan, *, num_blocks: int) -> str:
     if stage.last_segment > num_blocks:
         parts.append("head and loss")
     return ", ".join(parts)
+
+
+def _levels(stage: StagePlan) -> str:
+    """`full`, or how many blocks have which level."""
+    names = stage.recomputation
+    if not isinstance(names, tuple):
+        return names
+    rising = sorted(set(names), key=RECOMPUTATION_LEVELS.__getitem__)
+    return ", ".join(f"{names.count(name)} {name}" for name in reversed(rising))
 
 
 def _usable(plan: Plan) -> float:

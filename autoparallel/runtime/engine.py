@@ -128,7 +128,7 @@ class Engine:
         )
 
     def _logits_of(self, data_index: int, mine: list[Tensor], rows: int, seq_len: int) -> Tensor:
-        """[rows, seq, vocabulary] of one replica on every rank; each tensor-parallel rank has a part of the last dim."""
+        """[rows, seq, vocabulary] of one replica on every rank; each tensor-parallel rank has part of the last dim."""
         vocabulary = self.logits_spec.shape[-1]
         assert isinstance(vocabulary, int)
         dtype = getattr(torch, self.logits_spec.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from autoparallel.emit.stage import Recomputed
+from autoparallel.emit.recompute import Recomputed
 from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.tensor_parallel.splits import ParameterSplit

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.search.relax import Relaxation
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
 
@@ -32,14 +34,20 @@ class Cuts:
     strategy: Strategy
     fits: Callable[[Firsts], bool]
     """Whether each stage has a block and fits into memory."""
-    _seconds: dict[tuple[int, int], StageSeconds] = field(default_factory=dict)
+    _seconds: dict[StagePlan, StageSeconds] = field(default_factory=dict)
+
+    @cached_property
+    def _relaxation(self) -> Relaxation:
+        return Relaxation(self.workload, self.strategy)
 
     def plans(self, firsts: Firsts) -> tuple[StagePlan, ...]:
+        """The stages, recomputing no more than the strategy asks for and memory needs."""
         ends = (*firsts[1:], len(self.workload.segment_classes))
-        return tuple(
+        plans = tuple(
             StagePlan(first_segment=first, last_segment=end - 1, recomputation=self.strategy.recomputation)
             for first, end in zip(firsts, ends, strict=True)
         )
+        return self._relaxation.stages(plans)
 
     def step_time_s(self, firsts: Firsts) -> float:
         plans = self.plans(firsts)
@@ -47,10 +55,9 @@ class Cuts:
         return run_step(self.workload, strategy, [self._stage_seconds(plan) for plan in plans]).step_time_s
 
     def _stage_seconds(self, plan: StagePlan) -> StageSeconds:
-        key = (plan.first_segment, plan.last_segment)
-        if key not in self._seconds:
-            self._seconds[key] = stage_seconds(self.workload, self.strategy, plan)
-        return self._seconds[key]
+        if plan not in self._seconds:
+            self._seconds[plan] = stage_seconds(self.workload, self.strategy, plan)
+        return self._seconds[plan]
 
     def everything(self) -> Iterator[Firsts]:
         """All cuts with a block in every stage, whether they fit or not."""

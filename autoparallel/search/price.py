@@ -84,6 +84,15 @@ def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ..
             why=f"stages are runs of segments that follow each other from 0 to {len(workload.segment_classes) - 1}",
             remedy="leave stages out: the search cuts the model itself",
         )
+    for plan in strategy.stages:
+        names, num_blocks = plan.recomputation, len(plan.blocks(len(workload.segment_classes)))
+        if isinstance(names, tuple) and len(names) != num_blocks:
+            raise ConfigError(
+                f"{len(names)} recomputation levels are given for the {num_blocks} blocks of segments "
+                f"{plan.first_segment} to {plan.last_segment}",
+                why="a stage takes one level for all of its blocks, or one for each",
+                remedy="give as many as there are blocks; embedding and head are never recomputed",
+            )
     needed = [sum(stage_memory(workload, strategy, stage=i).values()) for i in range(strategy.num_stages)]
     excess_bytes = max(needed) - capacity_bytes(workload)
     if excess_bytes <= 0:

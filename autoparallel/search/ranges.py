@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.cost.memory import num_in_flight
-from autoparallel.cost.workload import SegmentCost, Workload
-from autoparallel.plans.strategy import Strategy
-from autoparallel.search.stage_times import Overheads, recompute_s
+from autoparallel.cost.workload import Workload
+from autoparallel.plans.strategy import Recomputation, Strategy
+from autoparallel.search.stage_times import Overheads
 
 Array = NDArray[np.int64]
 PICO = 1e-12
@@ -95,12 +95,8 @@ class Ranges:
     @cached_property
     def _backward_ps(self) -> Array:
         """[segment], recomputation included."""
-        size, recomputation = self.strategy.batch_per_device, self.strategy.recomputation
-        again_s = [
-            recompute_s(self.workload, segment=i, batch_per_device=size, recomputation=recomputation)
-            for i in range(self.num_segments)
-        ]
-        return np.array([_ps(c.backward_s + s) for c, s in zip(self.costs, again_s, strict=True)], dtype=np.int64)
+        times = [cost.backward_s + cost.recompute_s(self._level(i)) for i, cost in enumerate(self.costs)]
+        return np.array([_ps(time_s) for time_s in times], dtype=np.int64)
 
     def memory_bytes(self, stage: int) -> Array:
         """Peak bytes per device, were the range this stage."""
@@ -120,15 +116,13 @@ class Ranges:
     @cached_property
     def _kept_bytes(self) -> Array:
         """Activations of one micro-batch."""
-        kept = [kept_bytes(self.strategy, c, is_block=self._is_block(i)) for i, c in enumerate(self.costs)]
+        kept = [cost.kept_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         return _running_sums(np.array(kept, dtype=np.int64) + self._input_bytes[:-1])
 
     @cached_property
     def _fixed_bytes(self) -> Array:
         """Parameters, gradients, optimizer states, workspace and reserve."""
-        kept = [kept_bytes(self.strategy, c, is_block=self._is_block(i)) for i, c in enumerate(self.costs)]
-        rebuilt = [max(0, cost.saved_bytes - bytes_) for cost, bytes_ in zip(self.costs, kept, strict=True)]
-        transient = [cost.workspace_bytes + bytes_ for cost, bytes_ in zip(self.costs, rebuilt, strict=True)]
+        transient = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         workspace = np.maximum.accumulate(_from_first(np.array(transient, dtype=np.int64)), axis=1)
         return self._state_bytes + workspace + int(self.workload.table.reserve_bytes.value)
 
@@ -150,14 +144,9 @@ class Ranges:
             + shard * precision.optimizer_state_bytes
         )
 
-    def _is_block(self, segment: int) -> bool:
-        return 0 < segment < self.num_segments - 1
-
-
-def kept_bytes(strategy: Strategy, cost: SegmentCost, *, is_block: bool) -> int:
-    """Activations of a segment, its input left out, that stay from forward to backward."""
-    kept = {"none": cost.saved_bytes, "selective": cost.saved_selective_bytes, "full": 0}
-    return kept[strategy.recomputation if is_block else "none"]
+    def _level(self, segment: int) -> Recomputation:
+        """The highest that the strategy allows."""
+        return self.strategy.recomputation if 0 < segment < self.num_segments - 1 else "none"
 
 
 def _ps(seconds: float) -> int:

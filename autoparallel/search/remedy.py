@@ -13,7 +13,7 @@ from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.plans.candidate import Candidate
-from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
 from autoparallel.search.cuts import Shortfall, find_cuts
 from autoparallel.space.candidates import enumerate_strategies
 
@@ -127,5 +127,5 @@ def first_fit(workload: Workload, constraints: Constraints) -> Strategy | None:
     return None
 
 
-def _appetite(strategy: Strategy) -> tuple[int, bool, bool]:
-    return (strategy.batch_per_device, strategy.recomputation != "full", strategy.schedule != "1f1b")
+def _appetite(strategy: Strategy) -> tuple[int, int, bool]:
+    return (strategy.batch_per_device, -RECOMPUTATION_LEVELS[strategy.recomputation], strategy.schedule != "1f1b")

@@ -14,7 +14,7 @@ from autoparallel.cost import compute
 from autoparallel.cost.collectives import Topology
 from autoparallel.cost.memory import segment_parameters
 from autoparallel.cost.workload import SharedParameters, Workload
-from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
+from autoparallel.plans.strategy import StagePlan, Strategy
 
 
 class Sharding(NamedTuple):
@@ -97,14 +97,6 @@ class Overheads:
         return -(-elements // ways)
 
 
-def recompute_s(workload: Workload, *, segment: int, batch_per_device: int, recomputation: Recomputation) -> float:
-    """Forward work that backward repeats; what comes before the first block and after the last one never is."""
-    if not 0 < segment < len(workload.segment_classes) - 1:
-        return 0.0
-    cost = workload.cost(segment, batch_per_device)
-    return {"none": 0.0, "selective": cost.recompute_selective_s, "full": cost.forward_s}[recomputation]
-
-
 @dataclass(frozen=True)
 class StageSeconds:
     """One stage on one device. The first five are of one micro-batch, the others of a step."""
@@ -135,9 +127,8 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     overheads, size = Overheads(workload, strategy), strategy.batch_per_device
     sharding, segments = overheads.sharding, range(plan.first_segment, plan.last_segment + 1)
     costs = [workload.cost(segment, size) for segment in segments]
-    again = [
-        recompute_s(workload, segment=i, batch_per_device=size, recomputation=plan.recomputation) for i in segments
-    ]
+    levels = [plan.recomputation_of(i, num_segments=len(workload.segment_classes)) for i in segments]
+    again = [cost.recompute_s(level) for cost, level in zip(costs, levels, strict=True)]
     gather_s = reduce_s = 0.0
     if any(sharding):
         counts = segment_parameters(workload, plan)

@@ -25,7 +25,7 @@ MAX_ODD_BATCH_PER_DEVICE = 64
 class Emitted:
     """What the emitter can run; nothing else is enumerated."""
 
-    recomputations: tuple[Recomputation, ...] = ("none", "full")
+    recomputations: tuple[Recomputation, ...] = ("none", "selective", "full")
     schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 
 
@@ -58,7 +58,7 @@ def _of_stage_count(num_stages: int, data_parallel: int, batch_size: int, constr
     """Each distinct program once, under its first name."""
     programs: dict[tuple[object, ...], Strategy] = {}
     for batch_per_device, num_micro_batches in _micro_batches(batch_size, data_parallel, constraints):
-        for recomputation, level, schedule in product(
+        for (recomputation, least), level, schedule in product(
             _recomputations(constraints),
             _levels(constraints) if data_parallel > 1 else UNSHARDED,
             _schedules(num_stages, num_micro_batches, constraints),
@@ -71,6 +71,7 @@ def _of_stage_count(num_stages: int, data_parallel: int, batch_size: int, constr
                 batch_per_device=batch_per_device,
                 num_micro_batches=num_micro_batches,
                 recomputation=recomputation,
+                least_recomputation=least,
                 distribute_param=level,
                 schedule=schedule,
             )
@@ -126,11 +127,16 @@ def _is_tried(batch_per_device: int, share: int, constraints: Constraints) -> bo
     return batch_per_device == share or batch_per_device & (batch_per_device - 1) == 0
 
 
-def _recomputations(constraints: Constraints) -> list[Recomputation]:
+def _recomputations(constraints: Constraints) -> list[tuple[Recomputation, Recomputation | None]]:
+    """(highest, least) level; None where every block has the highest."""
     wanted = constraints.activation_recomputation
-    if isinstance(wanted, bool):
-        return [name for name in EMITTED.recomputations if (name != "none") is wanted]
-    return [name for name in EMITTED.recomputations if wanted in ("auto", name)]
+    if wanted is False:
+        return [("none", None)]
+    if wanted is not True and wanted != "auto":
+        return [(wanted, None)]
+    least: Recomputation = "selective" if wanted is True else "none"
+    allowed = [name for name in EMITTED.recomputations if wanted == "auto" or name != "none"]
+    return [(name, least if name != least else None) for name in allowed]
 
 
 def _levels(constraints: Constraints) -> tuple[Level, ...]:
@@ -166,12 +172,6 @@ def _check_emitted(constraints: Constraints) -> None:
             "sequence_parallel=True is not emitted yet",
             why="it splits activations over tensor parallel ranks, and there are none",
             remedy='leave sequence_parallel at "auto"; activation_recomputation also saves activation memory',
-        )
-    if not _recomputations(constraints):
-        raise ConfigError(
-            f"activation_recomputation={constraints.activation_recomputation!r} is not emitted yet",
-            why=f"blocks are recomputed as a whole or not at all: {_listed(EMITTED.recomputations)}",
-            remedy='choose "full", "none" or "auto"',
         )
 
 

@@ -23,7 +23,7 @@ from math import prod
 from autoparallel.ir.dims import Dim as SymbolicDim
 from autoparallel.ir.dims import Shape, evaluate
 from autoparallel.ir.graph import DTYPE_BYTES, Argument, Graph, Op, Ref, SavedTensor, TensorSpec
-from autoparallel.ir.ops import ATTENTION, VOCABULARY_CROSS_ENTROPY, VOCABULARY_EMBEDDING
+from autoparallel.ir.ops import ATTENTION, CONVERSIONS, VOCABULARY_CROSS_ENTROPY, VOCABULARY_EMBEDDING
 from autoparallel.tensor_parallel.analysis import BATCH, SEQ, Analysis, leaving
 from autoparallel.tensor_parallel.layout import Dim, Layout, Sharding, flat, leaves, size
 from autoparallel.tensor_parallel.rules import CROSS_ENTROPY, GETITEM, base_name, bounds
@@ -245,10 +245,10 @@ class Lowering:
             whole = TensorSpec(
                 name, self.shape_of(source, layout, placement), source.spec.dtype, source.spec.requires_grad
             )
-            is_view = kind in ("copy", "narrow")
+            is_view, target = kind in ("copy", "narrow"), f"tensor_parallel.{kind}"
             op = Op(
                 name=name,
-                target=f"tensor_parallel.{kind}",
+                target=target,
                 inputs=(source.spec,),
                 outputs=(whole,),
                 arguments=(("input", Ref(0)), *arguments.items()),
@@ -256,6 +256,7 @@ class Lowering:
                 is_view=is_view,
                 is_pointwise=False,
                 saved=(),
+                kept=(SavedTensor(name, _numel_text(whole.shape), whole.dtype),) if CONVERSIONS[target].forward else (),
                 module="",
                 source="",
             )
@@ -440,7 +441,8 @@ class Lowering:
             inputs=tuple(value.spec for value in inputs),
             outputs=tuple(value.spec for value in outputs),
             arguments=self.local_arguments(op, inputs, outputs),
-            saved=self.local_saved(op, inputs, outputs),
+            saved=self.local_storages(op.saved, op, inputs, outputs),
+            kept=self.local_storages(op.kept, op, inputs, outputs),
         )
         if base_name(op) in ("split", "chunk") and self.sharding.is_sharded(inputs[0].layout):
             local = self.as_split_with_sizes(local)
@@ -584,12 +586,14 @@ class Lowering:
 
     # -------------------------------------------------------------------------------- what autograd keeps
 
-    def local_saved(self, op: Op, inputs: list[Value], outputs: list[Value]) -> tuple[SavedTensor, ...]:
+    def local_storages(
+        self, storages: tuple[SavedTensor, ...], op: Op, inputs: list[Value], outputs: list[Value]
+    ) -> tuple[SavedTensor, ...]:
         """Storages by their owners in the lowered program; what only the kernel sees shrinks as the output does."""
         owners = {spec.name: value for spec, value in zip(op.inputs, inputs, strict=True)} if inputs else {}
         originals = {self.original_owner(name): value for name, value in owners.items()}
         saved = []
-        for kept in op.saved:
+        for kept in storages:
             if kept.storage == op.name:
                 saved.append(replace(kept, numel=_numel_text(outputs[0].spec.shape)))
             elif kept.storage in originals:
@@ -673,14 +677,14 @@ def _addition(name: str, like: Op) -> Op:
     spec = replace(like.outputs[0], name=name)
     return replace(
         like, name=name, target=ADD, inputs=(like.outputs[0], like.outputs[0]), outputs=(spec,),
-        arguments=(("self", Ref(0)), ("other", Ref(1))), is_view=False, is_pointwise=True, saved=(),
+        arguments=(("self", Ref(0)), ("other", Ref(1))), is_view=False, is_pointwise=True, saved=(), kept=(),
     )  # fmt: skip
 
 
 def _scaling(name: str, spec: TensorSpec, divisor: int, like: Op) -> Op:
     return replace(
         like, name=name, target="aten.div.Tensor", inputs=(spec,), outputs=(replace(like.outputs[0], name=name),),
-        arguments=(("self", Ref(0)), ("other", divisor)), is_view=False, is_pointwise=True, saved=(),
+        arguments=(("self", Ref(0)), ("other", divisor)), is_view=False, is_pointwise=True, saved=(), kept=(),
     )  # fmt: skip
 
 
