@@ -11,7 +11,7 @@ from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 
 def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
     """The strategy with its blocks spread over the stages; where they do not divide, earlier stages get fewer."""
-    blocks, stages = num_segments - 2, strategy.num_stages
+    blocks, stages = num_segments - 2, strategy.total_stages
     starts = [1 + index * blocks // stages for index in range(stages)] + [num_segments]
     starts[0] = 0
     cuts = tuple(

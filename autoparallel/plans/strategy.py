@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autoparallel.ir.schema import Schema
 
 Recomputation = Literal["none", "selective", "full"]
-ScheduleName = Literal["gpipe", "1f1b"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 RECOMPUTATION_LEVELS: dict[str, int] = {"none": 0, "selective": 1, "full": 2}
 
 
@@ -29,6 +29,9 @@ class Strategy(Schema):
     """One named way to parallelise. `num_stages × tensor_parallel × data_parallel` devices;
     `data_parallel × batch_per_device × num_micro_batches` rows a step.
 
+    `num_stages` is the number of pipeline ranks; `interleaved` cuts the model into `num_stages × virtual_stages`
+    stages, which `stages` lists in the model's order: stage `s` sits on pipeline rank `s % num_stages`.
+
     `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too,
     reduced after every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
     """
@@ -47,6 +50,26 @@ class Strategy(Schema):
     mesh_order: tuple[str, ...] | None = None
     stages: tuple[StagePlan, ...] | None = None
 
+    @model_validator(mode="after")
+    def _has_virtual_stages_where_interleaved(self) -> Strategy:
+        if (self.schedule == "interleaved") != (self.virtual_stages > 1) or self.num_stages < min(
+            self.virtual_stages, 2
+        ):
+            raise ValueError(
+                "interleaved, and nothing else, has two or more virtual_stages on each of two or more ranks"
+            )
+        return self
+
+    @property
+    def total_stages(self) -> int:
+        """All pipeline ranks' stages together."""
+        return self.num_stages * self.virtual_stages
+
+    def stages_of(self, rank: int) -> tuple[StagePlan, ...]:
+        """Those of one pipeline rank."""
+        assert self.stages is not None, "the model is not cut yet"
+        return self.stages[rank :: self.num_stages]
+
     @property
     def num_devices(self) -> int:
         return self.num_stages * self.tensor_parallel * self.data_parallel
@@ -64,6 +87,8 @@ class Strategy(Schema):
         parts += [f"recomputation : {self.recomputation}", f"distribute_param : {self.distribute_param}"]
         if self.num_stages > 1:
             parts.append(f"schedule : {self.schedule}")
+        if self.virtual_stages > 1:
+            parts.append(f"virtual_stages : {self.virtual_stages}")
         return ", ".join(parts)
 
 

@@ -25,7 +25,7 @@ CHOICES: dict[str, Callable[[Strategy], str]] = {
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
     "recomputation": lambda s: s.recomputation,
     "sharding": lambda s: f"distribute_param {s.distribute_param}",
-    "schedule": lambda s: s.schedule,
+    "schedule": lambda s: _schedule(s),
 }
 
 Priced = tuple[Strategy, Estimate]
@@ -81,10 +81,11 @@ def _choice(plan: Plan) -> str:
 
 def _stages(plan: Plan) -> str:
     rows = [["stage", "holds", "parameters", "forward", "backward", "recomputation"]]
-    for index, (stage, cost) in enumerate(zip(plan.strategy.stages or (), plan.estimate.stages, strict=True)):
+    for rank, cost in enumerate(plan.estimate.stages):
         times = [_duration(cost.forward_s), _duration(cost.backward_s)]
-        holds = _holds(stage, num_blocks=plan.model.num_blocks)
-        rows.append([str(index), holds, _count(cost.parameters), *times, stage.recomputation])
+        stages = plan.strategy.stages_of(rank)
+        holds = ", ".join(_holds(stage, num_blocks=plan.model.num_blocks) for stage in stages)
+        rows.append([str(rank), holds, _count(cost.parameters), *times, stages[0].recomputation])
     return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
 
 
@@ -182,8 +183,12 @@ def _same(one: Strategy, other: Strategy) -> bool:
 def _label(strategy: Strategy) -> str:
     parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
-    parts += [strategy.recomputation, f"shard {strategy.distribute_param}", strategy.schedule]
+    parts += [strategy.recomputation, f"shard {strategy.distribute_param}", _schedule(strategy)]
     return ", ".join(parts)
+
+
+def _schedule(strategy: Strategy) -> str:
+    return f"{strategy.schedule} x {strategy.virtual_stages}" if strategy.virtual_stages > 1 else strategy.schedule
 
 
 def _loss(chosen: Estimate, other: Estimate) -> str:

@@ -4,14 +4,15 @@ step, an evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from autoparallel.capture.program import Program
+from autoparallel.emit.deferred import defer_weight_gradients
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
@@ -21,7 +22,8 @@ from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
-from autoparallel.runtime.pipeline import Pipeline
+from autoparallel.runtime.pipeline import LocalStage, Pipeline
+from autoparallel.schedule.actions import splits_backward
 
 
 class Engine:
@@ -35,25 +37,16 @@ class Engine:
         self.mesh = Mesh.create(
             num_stages=strategy.num_stages, data_parallel=strategy.data_parallel, device_type=device.type
         )
-        constants = state_tensors(model, program)
         stage_of_segment = [
-            i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)
+            index % strategy.num_stages
+            for index, s in enumerate(strategy.stages)
+            for _ in range(s.first_segment, s.last_segment + 1)
         ]
         sharded = strategy.distribute_param > 0
         self.parameters = place(model, program.graph.parameters, stage_of_segment, self.mesh, sharded=sharded)
-        leaves = make_leaves(self.parameters)
-        mine = strategy.stages[self.mesh.stage]
-        self.stage: fx.GraphModule = emit_stage(
-            program, mine, lambda name: leaves.get(name, constants[name]), device=device
-        )
-        if sharded:
-            shard(self.stage, self.parameters, distribute_param=strategy.distribute_param)
         self.logits_spec, loss_spec = _output_specs(program)
-        boundaries = program.graph.boundaries
-        leaving = boundaries[mine.last_segment + 1] if self.mesh.stage < self.mesh.num_stages - 1 else (loss_spec,)
-        self.pipeline = Pipeline(
-            self.stage, strategy, self.mesh, entering=boundaries[mine.first_segment], leaving=leaving, device=device
-        )
+        self.stages = self._emit(program, state_tensors(model, program), loss_spec)
+        self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
@@ -63,6 +56,22 @@ class Engine:
         for part in model.modules():
             if part is not model:
                 part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))
+
+    def _emit(self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec) -> list[LocalStage]:
+        """The stages of this pipeline rank, first to last, their parameters placed and sharded."""
+        leaves, strategy = make_leaves(self.parameters), self.strategy
+        boundaries = (*program.graph.boundaries, (loss_spec,))
+        stages = []
+        for index, plan in enumerate(strategy.stages or ()):
+            if index % strategy.num_stages != self.mesh.stage:
+                continue
+            module = emit_stage(program, plan, lambda name: leaves.get(name, constants[name]), device=self.device)
+            if splits_backward(strategy.schedule, strategy.num_stages):
+                defer_weight_gradients(module)
+            if strategy.distribute_param > 0:
+                shard(module, self.parameters, distribute_param=strategy.distribute_param)
+            stages.append(LocalStage(index, module, boundaries[plan.first_segment], boundaries[plan.last_segment + 1]))
+        return stages
 
     def train(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's
@@ -84,8 +93,7 @@ class Engine:
         rows = batch.rows
         batch = batch.filled_to(self._rows_for(rows))
         with self._own_random_stream(batch.seed):
-            results = [self.pipeline.forward(inputs) for inputs in self._micro_batches(batch)]
-        mine = [result for result in results if result is not None]
+            mine = self.pipeline.forward(self._micro_batches(batch))
         loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
         return loss, self._gather_logits([r[1] for r in mine], batch)[:rows]
 
@@ -159,7 +167,8 @@ class Engine:
             )
 
     def train_mode(self, training: bool) -> None:
-        self.stage.train(training)
+        for stage in self.stages:
+            stage.module.train(training)
 
 
 def _output_specs(program: Program) -> tuple[TensorSpec, TensorSpec]:

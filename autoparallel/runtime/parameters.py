@@ -32,7 +32,7 @@ class Placed:
     shape: torch.Size
     """Of the whole parameter."""
     stages: tuple[int, ...]
-    """Stages that use it; empty when the loss does not depend on it."""
+    """Pipeline ranks that use it; empty when the loss does not depend on it."""
     leaf: nn.Parameter | None = None
     """What this rank's stage computes with; None where the stage does not use it."""
 
@@ -193,7 +193,7 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
     by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
     for p in parameters.placed:
-        if p.leaf is not None:
+        if p.leaf is not None and p.name in by_name:
             leaf = by_name[p.name]
             assert isinstance(leaf, DTensor)
             p.leaf = leaf
