@@ -84,7 +84,7 @@ def _stages(plan: Plan) -> str:
     for rank, cost in enumerate(plan.estimate.stages):
         times = [_duration(cost.forward_s), _duration(cost.backward_s)]
         stages = plan.strategy.stages_of(rank)
-        holds = ", ".join(_holds(stage, num_blocks=plan.model.num_blocks) for stage in stages)
+        holds = _holds(stages, num_blocks=plan.model.num_blocks)
         rows.append([str(rank), holds, _count(cost.parameters), *times, stages[0].recomputation])
     return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
 
@@ -205,12 +205,14 @@ def _terms(breakdown: Breakdown) -> dict[str, float]:
     return breakdown.model_dump()
 
 
-def _holds(stage: StagePlan, *, num_blocks: int) -> str:
-    first, last = max(stage.first_segment, 1), min(stage.last_segment, num_blocks)
-    parts = ["embedding"] if stage.first_segment == 0 else []
-    if first <= last:
-        parts.append(f"block {first}" if first == last else f"blocks {first}-{last}")
-    if stage.last_segment > num_blocks:
+def _holds(stages: Sequence[StagePlan], *, num_blocks: int) -> str:
+    """What the stages of one pipeline rank hold; all their blocks are named together."""
+    runs = [(max(stage.first_segment, 1), min(stage.last_segment, num_blocks)) for stage in stages]
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in runs if first <= last]
+    parts = ["embedding"] if stages[0].first_segment == 0 else []
+    if named:
+        parts.append(("block " if named[0].isdigit() and len(named) == 1 else "blocks ") + ", ".join(named))
+    if stages[-1].last_segment > num_blocks:
         parts.append("head and loss")
     return ", ".join(parts)
 

@@ -58,6 +58,12 @@ class Sharding:
         if reduces:
             self.stage._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
 
+    def forget_weight_gradients(self) -> None:
+        """Drop what a step that failed half way has left."""
+        for part in self.stage.modules():
+            if isinstance(part, DeferredContraction):
+                part.pending.clear()
+
     def _set(self, *, is_last: bool, reduces: bool, gives_back: bool) -> None:
         if isinstance(self.stage, FSDPModule):
             self.stage.set_is_last_backward(is_last)
@@ -107,6 +113,10 @@ class Stage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.sharding.make_weight_gradients(last=last_backward)
+
+    def clear_runtime_states(self) -> None:
+        super().clear_runtime_states()
+        self.sharding.forget_weight_gradients()
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         super()._setup_forward_recv_info(num_microbatches, has_backward)

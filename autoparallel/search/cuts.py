@@ -10,8 +10,8 @@ and a dynamic program finds the best end under each; the walk stops once the bou
 the most even cut is taken, then the one whose last stages begin earliest. `polish` goes on from there by simulation.
 
 With virtual stages the formula is a guide only, and a rank's memory is no bound on each of its stages: a cut found for
-stages that are alone on their ranks is checked as it is, then the one that needs least memory, and where there are few,
-all.
+stages that are alone on their ranks is checked as it is, then the one that needs least memory, sought among all cuts
+where they are few.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def find_cuts(
     excess = [ranges.memory_bytes(stage) - limit_bytes for stage in range(strategy.total_stages)]
     fits = [legal & (stage_excess <= 0) for stage_excess in excess]
     cuts = Cuts(workload, strategy, fits, limit_bytes)
-    fast, lean = least_formula(ranges, fits), _partition(excess, [legal] * len(excess), np.maximum)
+    fast = least_formula(ranges, fits)
+    if fast is not None and cuts.all_fit(fast):
+        return cuts.plans(polish(cuts, fast))
+    lean = _partition(excess, [legal] * len(excess), np.maximum)
     assert lean is not None, "fewer blocks than stages"
-    virtually_all = list(cuts.everything()) if strategy.virtual_stages > 1 and cuts.are_few else []
-    for firsts in ([fast] if fast else []) + [lean, *virtually_all]:
-        if cuts.all_fit(firsts):
-            return cuts.plans(polish(cuts, firsts))
-    return _shortfall(cuts, min(virtually_all or [lean], key=lambda firsts: max(cuts.excess_bytes(firsts))))
+    others = cuts.everything() if strategy.virtual_stages > 1 and cuts.are_few else ()
+    leanest = min([lean, *others], key=lambda firsts: max(cuts.excess_bytes(firsts)))
+    return cuts.plans(polish(cuts, leanest)) if cuts.all_fit(leanest) else _shortfall(cuts, leanest)
 
 
 def _shortfall(cuts: Cuts, firsts: Firsts) -> Shortfall:
