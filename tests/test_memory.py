@@ -171,11 +171,11 @@ def test_in_flight(schedule: Any, micro_batches: int, in_flight: tuple[int, ...]
 def test_zero_bubble_by_hand() -> None:
     strategy = _two_stages(num_micro_batches=8, schedule="zero_bubble")
     first, last = (rank_memory(_workload(), strategy, rank=rank) for rank in (0, 1))
-    # two forwarded, or one and the operands of another one's weight gradients, whose input and output stay too
-    forwarded, half_done = (5 + 3) + 2 * (70 + 10) + 10, 3 + (4 + 2 * 55) + 2 * 10
+    # two forwarded, or one and the operands of another one's weight gradients
+    forwarded, half_done = (5 + 3) + 2 * (70 + 10) + 10, 4 + 2 * 55
     assert first["activations"] == max(2 * forwarded, forwarded + half_done) + 10
     # the last stage makes weight gradients a micro-batch late
-    forwarded, half_done = 2 * (70 + 10) + (30 + 10), 10 + (2 * 55 + 25)
+    forwarded, half_done = 2 * (70 + 10) + (30 + 10), 2 * 55 + 25
     assert last["activations"] == max(forwarded + half_done, 2 * half_done) + 10
 
 

@@ -131,16 +131,14 @@ def _activation_bytes(workload: Workload, strategy: Strategy, rank: int) -> int:
 
 
 def _held_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> tuple[int, int]:
-    """What a stage keeps of one micro-batch after its forward, and after the first half of a split backward.
-
-    The inputs of all segments, or of the first one; the output, whose backward is to come; in the second case also the
-    output's gradient.
+    """What a stage keeps of one micro-batch after its forward (inputs of its segments and its output among it), and
+    after the first half of a split backward.
     """
     costs = [workload.cost(segment, strategy.batch_per_device) for segment in _segments(plan)]
     kept = sum(_kept_bytes(workload, strategy, plan, segment) for segment in _segments(plan))
     output_bytes = _boundary_bytes(workload, strategy, plan.last_segment + 1)
     forwarded_bytes = kept + sum(cost.input_bytes for cost in costs) + output_bytes
-    return forwarded_bytes, costs[0].input_bytes + sum(cost.deferred_bytes for cost in costs) + 2 * output_bytes
+    return forwarded_bytes, sum(cost.deferred_bytes for cost in costs)
 
 
 def _boundary_bytes(workload: Workload, strategy: Strategy, segment: int) -> int:

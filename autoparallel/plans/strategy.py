@@ -52,9 +52,8 @@ class Strategy(Schema):
 
     @model_validator(mode="after")
     def _has_virtual_stages_where_interleaved(self) -> Strategy:
-        if (self.schedule == "interleaved") != (self.virtual_stages > 1) or self.num_stages < min(
-            self.virtual_stages, 2
-        ):
+        interleaved = self.schedule == "interleaved"
+        if interleaved != (self.virtual_stages > 1) or (interleaved and self.num_stages == 1):
             raise ValueError(
                 "interleaved, and nothing else, has two or more virtual_stages on each of two or more ranks"
             )

@@ -62,7 +62,7 @@ def runs_as_named(schedule: ScheduleName, num_stages: int, num_micro_batches: in
     return schedule != "interleaved" or num_micro_batches % num_stages == 0
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def actions(
     schedule: ScheduleName, num_stages: int, num_micro_batches: int, virtual_stages: int = 1
 ) -> tuple[Order, ...]:
@@ -124,7 +124,7 @@ class InFlight(NamedTuple):
     """I is done, W is not."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def in_flight(
     schedule: ScheduleName, num_stages: int, num_micro_batches: int, virtual_stages: int = 1
 ) -> tuple[tuple[InFlight, ...], ...]:

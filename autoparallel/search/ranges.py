@@ -108,9 +108,8 @@ class Ranges:
         leaving = self._input_bytes[None, 1:] if stage < self.strategy.total_stages - 1 else np.int64(0)
         entering = self._input_bytes[:-1, None] if stage > 0 else np.int64(0)
         forwarded_bytes = self._kept_bytes + leaving
-        half_done_bytes = self._deferred_bytes + 2 * leaving
         held = {(moment.forwarded[virtual], moment.half_done[virtual]) for moment in peaks(self.strategy)[rank]}
-        peak: Array = np.maximum.reduce([f * forwarded_bytes + h * half_done_bytes for f, h in sorted(held)])
+        peak: Array = np.maximum.reduce([f * forwarded_bytes + h * self._deferred_bytes for f, h in sorted(held)])
         return self._fixed_bytes + peak + entering + leaving
 
     @cached_property
@@ -127,8 +126,7 @@ class Ranges:
     @cached_property
     def _deferred_bytes(self) -> Array:
         """What one micro-batch keeps between the halves of a split backward."""
-        deferred = np.array([cost.deferred_bytes for cost in self.costs], dtype=np.int64)
-        return _running_sums(deferred) + np.triu(np.broadcast_to(self._input_bytes[:-1, None], (len(deferred),) * 2))
+        return _running_sums(np.array([cost.deferred_bytes for cost in self.costs], dtype=np.int64))
 
     @cached_property
     def _fixed_bytes(self) -> Array:
