@@ -49,7 +49,7 @@ def find_cuts(
 ) -> tuple[StagePlan, ...] | Shortfall:
     """The stages of a strategy with at most as many stages as the model has blocks.
 
-    `limit_bytes` is the memory of a stage, by default what the workload allows.
+    `limit_bytes` is the memory of a rank, by default what the workload allows.
     """
     limit_bytes = capacity_bytes(workload) if limit_bytes is None else limit_bytes
     ranges = Ranges(workload, strategy)
