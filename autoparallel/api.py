@@ -151,21 +151,30 @@ def estimate(
     return cut_and_price(workload, strategy)
 
 
-def program(model: Any, plan: Plan, *, rank: int = 0) -> fx.GraphModule:
+def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) -> fx.GraphModule:
     """The fx program that `rank` would run under `plan`, on fake tensors: no weights, no processes. `print_readable()`
-    shows it.
+    shows it. Under an interleaved schedule a rank has one for each of its virtual stages.
     """
     from autoparallel.capture.program import capture
+    from autoparallel.emit.deferred import defer_weight_gradients
     from autoparallel.emit.stage import emit_stage, state_tensors
+    from autoparallel.schedule.actions import splits_backward
 
     captured = capture(model, dtype=_torch_dtype(plan.dtype))
     plan.check_matches(fingerprint=captured.graph.fingerprint)
     if not 0 <= rank < plan.strategy.num_devices:
         raise ConfigError(f"rank {rank} does not exist", why=f"the plan is for {plan.strategy.num_devices} devices")
-    assert plan.strategy.stages is not None
+    if not 0 <= virtual_stage < plan.strategy.virtual_stages:
+        raise ConfigError(
+            f"virtual stage {virtual_stage} does not exist", why=f"a rank has {plan.strategy.virtual_stages}"
+        )
     tensors = state_tensors(captured.exported.twin, captured)
     ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
-    return emit_stage(captured, plan.strategy.stages[rank // ranks_per_stage], lambda name: tensors[name])
+    stages = plan.strategy.stages_of(rank // ranks_per_stage)
+    module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name])
+    if splits_backward(plan.strategy.schedule, plan.strategy.num_stages):
+        defer_weight_gradients(module)
+    return module
 
 
 def compile(

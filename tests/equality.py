@@ -97,12 +97,12 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_strategies(
-    family: str, strategies: list[Strategy], steps: int = 3, clip: float = 0.5
+    family: str, strategies: list[Strategy], num_blocks: int = 4, steps: int = 3, clip: float = 0.5
 ) -> list[tuple[str, float]]:
     """Run on every rank: each strategy's name and its worst difference to one device."""
     results = []
     with lifted():
-        model = make_model(family)
+        model = make_model(family, num_hidden_layers=num_blocks)
         program = capture(model)
         references: dict[int, Reference] = {}
         for strategy in strategies:

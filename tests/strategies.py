@@ -15,7 +15,7 @@ def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
     """The strategy with its blocks spread over the stages; where they do not divide, earlier stages get fewer. Where
     stages choose their recomputation, blocks take the allowed levels in turn.
     """
-    blocks, stages = num_segments - 2, strategy.num_stages
+    blocks, stages = num_segments - 2, strategy.total_stages
     starts = [1 + index * blocks // stages for index in range(stages)] + [num_segments]
     starts[0] = 0
     levels = allowed_levels(strategy)

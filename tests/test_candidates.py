@@ -56,10 +56,17 @@ def test_two_names_of_one_program_are_listed_once() -> None:
             assert s.schedule == "1f1b"
         if s.num_stages == 1:
             assert s.schedule == "1f1b"
-        if 1 < s.num_micro_batches < s.num_stages:
-            assert s.schedule == "gpipe"
+        if s.schedule == "interleaved":
+            assert s.num_micro_batches % s.num_stages == 0
+            assert 1 < s.virtual_stages <= 6 // s.num_stages
         assert s.recomputation in EMITTED.recomputations
         assert s.schedule in EMITTED.schedules
+
+
+def test_virtual_stages_are_few_and_have_blocks() -> None:
+    found = {(s.num_stages, s.virtual_stages) for s in strategies(devices=4, batch=16, blocks=12)}
+    assert found == {(1, 1), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3)}
+    assert {s.virtual_stages for s in strategies(devices=2, batch=16, blocks=8)} == {1, 2, 4}
 
 
 def test_order_is_canonical() -> None:
@@ -79,6 +86,10 @@ def test_order_is_canonical() -> None:
         ({"num_micro_batches": 4}, lambda s: s.num_micro_batches == 4),
         ({"schedule": "gpipe"}, lambda s: s.schedule == "gpipe" or s.num_stages == 1 or s.num_micro_batches == 1),
         ({"schedule": "1f1b"}, lambda s: s.schedule == "1f1b"),
+        (
+            {"schedule": "zero_bubble"},
+            lambda s: s.schedule == "zero_bubble" or 1 in (s.num_stages, s.num_micro_batches),
+        ),
         ({"activation_recomputation": False}, lambda s: s.recomputation == "none"),
         ({"distribute_parameter": True}, lambda s: s.distribute_param > 0 or s.data_parallel == 1),
         ({"distribute_parameter": False}, lambda s: s.distribute_param == 0),

@@ -8,10 +8,10 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autoparallel.cost.memory import capacity_bytes, stage_memory
+from autoparallel.cost.memory import capacity_bytes, rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, StagePlan, Strategy
 from autoparallel.search.cuts import EVENNESS_STEPS, Shortfall, find_cuts, has_block, least_formula
@@ -26,7 +26,7 @@ from tests.workloads import GIB, gpus, random_workloads, segment, workload
 def all_cuts(workload: Workload, strategy: Strategy) -> Iterator[Strategy]:
     """Every way to cut, with a block in every stage."""
     segments, blocks = len(workload.segment_classes), workload.num_blocks
-    for cut in combinations(range(2, blocks + 1), strategy.num_stages - 1):
+    for cut in combinations(range(2, blocks + 1), strategy.total_stages - 1):
         bounds = zip((0, *cut), (*cut, segments), strict=True)
         plans = tuple(
             StagePlan(first_segment=a, last_segment=b - 1, recomputation=strategy.recomputation) for a, b in bounds
@@ -35,9 +35,13 @@ def all_cuts(workload: Workload, strategy: Strategy) -> Iterator[Strategy]:
 
 
 def relaxed(workload: Workload, cut: Strategy) -> Strategy:
-    """Each stage with the levels of least recompute time among all that the strategy allows and memory holds."""
-    stages = [_best_levels(workload, cut, stage) for stage in range(cut.num_stages)]
-    return cut.model_copy(update={"stages": tuple(stages)})
+    """Each stage with the levels of least recompute time among all that the strategy allows and memory holds; a rank's
+    stages one after the other.
+    """
+    for stage in range(cut.total_stages):
+        levels = _best_levels(workload, cut, stage)
+        cut = cut.model_copy(update={"stages": (*cut.stages[:stage], levels, *cut.stages[stage + 1 :])})
+    return cut
 
 
 def _best_levels(workload: Workload, cut: Strategy, stage: int) -> StagePlan:
@@ -50,7 +54,7 @@ def _best_levels(workload: Workload, cut: Strategy, stage: int) -> StagePlan:
             first_segment=plan.first_segment, last_segment=plan.last_segment, recomputation=levels or plan.recomputation
         )
         stages = (*cut.stages[:stage], tried, *cut.stages[stage + 1 :])
-        memory = stage_memory(workload, cut.model_copy(update={"stages": stages}), stage=stage)
+        memory = rank_memory(workload, cut.model_copy(update={"stages": stages}), rank=stage % cut.num_stages)
         tried_s = stage_seconds(workload, cut, tried).recompute_s
         if sum(memory.values()) <= capacity_bytes(workload) and tried_s < best_s:
             best, best_s = tried, tried_s
@@ -62,8 +66,8 @@ def bounds(plans: tuple[StagePlan, ...]) -> list[tuple[int, int]]:
 
 
 def excess_bytes(workload: Workload, cut: Strategy) -> int:
-    """By how much the worst stage misses the capacity; negative where all fit."""
-    peaks = [sum(stage_memory(workload, cut, stage=stage).values()) for stage in range(cut.num_stages)]
+    """By how much the worst rank misses the capacity; negative where all fit."""
+    peaks = [sum(rank_memory(workload, cut, rank=rank).values()) for rank in range(cut.num_stages)]
     return max(peaks) - capacity_bytes(workload)
 
 
@@ -85,7 +89,7 @@ def problems(draw: st.DrawFn) -> tuple[Workload, Strategy]:
         num_blocks=drawn.num_blocks,
         constraints=Constraints(),
     )
-    return drawn, draw(st.sampled_from([s for s in options if s.num_stages <= drawn.num_blocks]))
+    return drawn, draw(st.sampled_from([s for s in options if s.total_stages <= drawn.num_blocks]))
 
 
 @given(problem=problems())
@@ -111,6 +115,7 @@ def test_cuts_equal_brute_force(problem: tuple[Workload, Strategy]) -> None:
 @settings(max_examples=100, deadline=None)
 def test_the_dynamic_program_minimises_its_formula(problem: tuple[Workload, Strategy]) -> None:
     drawn, strategy = problem
+    assume(strategy.virtual_stages == 1)
     ranges = Ranges(drawn, strategy)
     fits = [ranges.memory_bytes(stage) <= capacity_bytes(drawn) for stage in range(strategy.num_stages)]
     legal = has_block(ranges.num_segments, num_stages=strategy.num_stages)
@@ -130,8 +135,9 @@ def test_polishing_helps_where_the_formula_is_rough(num_micro_batches: int) -> N
     size = 64 // num_micro_batches
     strategy = Strategy(num_stages=8, num_micro_batches=num_micro_batches, batch_per_device=size)
     ranges = Ranges(drawn, strategy)
-    cuts = Cuts(drawn, strategy, lambda firsts: True)
-    firsts = least_formula(ranges, [has_block(26, num_stages=8)] * 8)
+    anywhere = [has_block(26, num_stages=8)] * 8
+    cuts = Cuts(drawn, strategy, anywhere, limit_bytes=2**62)
+    firsts = least_formula(ranges, anywhere)
     assert firsts is not None
     stages = find_cuts(drawn, strategy)
     assert not isinstance(stages, Shortfall)
@@ -149,7 +155,8 @@ def test_range_arrays_equal_the_formulas(problem: tuple[Workload, Strategy]) -> 
     for cut in all_cuts(drawn, strategy):
         for stage, plan in enumerate(cut.stages):
             first, last = plan.first_segment, plan.last_segment
-            assert ranges.memory_bytes(stage)[first, last] == sum(stage_memory(drawn, cut, stage=stage).values())
+            if strategy.virtual_stages == 1:
+                assert ranges.memory_bytes(stage)[first, last] == sum(rank_memory(drawn, cut, rank=stage).values())
             seconds = stage_seconds(drawn, cut, plan)
             once_s = seconds.start_s + seconds.reduce_s + seconds.optimizer_s
             tie_s = ranges.step_ps[first, last] * PICO - once_s
@@ -180,16 +187,41 @@ def test_early_stages_hold_more_micro_batches_and_get_fewer_blocks_when_memory_i
     assert shifted[0].last_segment < even[0].last_segment
 
 
-def test_shortfall_is_of_the_worst_stage_in_the_best_cut() -> None:
+def test_shortfall_is_of_the_worst_rank_in_the_best_cut() -> None:
     drawn = workload(gpus(2, memory_bytes=GIB), num_blocks=4)
     found = find_cuts(drawn, Strategy(num_stages=2, num_micro_batches=16))
     assert isinstance(found, Shortfall)
     cut = Strategy(num_stages=2, num_micro_batches=16, stages=found.stages)
-    peak = sum(stage_memory(drawn, cut, stage=found.stage).values())
+    peak = sum(rank_memory(drawn, cut, rank=found.rank).values())
     assert found.excess_bytes == peak - capacity_bytes(drawn) > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"distribute_param": 3}, {"recomputation": "full", "distribute_param": 1}])
+INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 4}
+
+
+def test_no_rank_of_virtual_stages_exceeds_its_memory() -> None:
+    """Too many cuts to try all; each stage alone would fit into less."""
+    costs = tuple(segment(forward_s=1e-3, saved_bytes=GIB // 8) for _ in range(3))
+    strategy = Strategy(num_stages=4, num_micro_batches=16, **INTERLEAVED)
+    found = {}
+    for limit in (6, 20):
+        drawn = workload(gpus(4, memory_bytes=limit * GIB), costs=costs, num_blocks=48, memory_ratio=1.0)
+        found[limit] = find_cuts(drawn, strategy)
+    assert isinstance(found[6], Shortfall)
+    assert not isinstance(found[20], Shortfall)
+    assert excess_bytes(drawn, strategy.model_copy(update={"stages": found[20]})) <= 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"distribute_param": 3},
+        {"recomputation": "full", "distribute_param": 1},
+        {"schedule": "zero_bubble"},
+        INTERLEAVED,
+    ],
+)
 def test_a_large_model_is_cut_in_a_fraction_of_a_second(changes: dict[str, Any]) -> None:
     drawn = workload(gpus(128), num_blocks=126, batch_size=512, tied=1_000_000)
     strategy = Strategy(num_stages=16, data_parallel=8, num_micro_batches=64, **changes)

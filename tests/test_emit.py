@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from autoparallel.capture.program import Program, capture
+from autoparallel.emit.deferred import DeferredContraction, defer_weight_gradients
 from autoparallel.emit.recompute import Recomputed
 from autoparallel.emit.stage import INPUTS, emit_stage, readable, state_tensors
 from autoparallel.plans.strategy import StagePlan, Strategy
@@ -112,3 +113,49 @@ def test_a_stage_makes_its_tensors_where_it_runs(family: str) -> None:
     loss, logits = stage(**inputs, num_items=torch.tensor(5, device="meta"))
     assert loss.device.type == logits.device.type == "meta"
     loss.backward()
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_split_backward_makes_the_same_gradients_later(family: str, recomputation: str) -> None:
+    """First everything but the weights of contractions; then those, one micro-batch after the other."""
+    model = make_model(family)
+    program = capture(model)
+    batches = [make_batch(2, 8, seed=seed) for seed in (1, 2)]
+    for batch in batches:
+        model(**batch, use_cache=False).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    strategy = even_stages(program.graph.num_segments, Strategy(recomputation=recomputation))
+    tensors = state_tensors(model, program)
+    (stage,) = (emit_stage(program, plan, lambda name: tensors[name]) for plan in strategy.stages or ())
+    defer_weight_gradients(stage)
+    deferred = [module for module in stage.modules() if isinstance(module, DeferredContraction)]
+    assert len(deferred) == sum(
+        "linear" in str(n.target) or "addmm" in str(n.target) for n in program.module.graph.nodes
+    )
+    for batch in batches:
+        num_items = (batch["labels"][:, 1:] != -100).sum()
+        loss, _ = stage(**batch, num_items=num_items, padding=batch["attention_mask"].bool())
+        loss.backward()
+    weights = {name for name, p in model.named_parameters() if p.grad is None}
+    assert weights == {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name} - {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
+    for _ in batches:
+        for module in deferred:
+            module.make_weight_gradient()
+    assert not any(module.pending for module in deferred)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-12)
+
+
+def test_frozen_weights_are_not_deferred() -> None:
+    model = make_model("llama")
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    (stage,) = stages_of(model, capture(model))[1:]
+    defer_weight_gradients(stage)
+    assert sum(isinstance(module, DeferredContraction) for module in stage.modules()) == 1

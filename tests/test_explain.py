@@ -9,6 +9,7 @@ import pytest
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Rejection
+from autoparallel.plans.strategy import StagePlan
 from autoparallel.report.explain import WIDTH, clean, explain
 from tests import plans
 
@@ -123,6 +124,17 @@ def test_wide_numbers_stay_narrow() -> None:
     assert max(len(line) for line in text.splitlines()) <= WIDTH
     assert "core_sharing" in text
     assert "embedding, blocks 1-8, head and loss" in text
+
+
+def test_a_rank_names_all_blocks_of_its_virtual_stages() -> None:
+    chosen = plans.strategy(schedule="interleaved", virtual_stages=2)
+    bounds = ((0, 2), (3, 4), (5, 5), (6, 9))
+    stages = tuple(StagePlan(first_segment=a, last_segment=b, recomputation="none") for a, b in bounds)
+    text = explain(plans.sample_plan(strategy=chosen.model_copy(update={"stages": stages})))
+    assert "0  embedding, blocks 1-2, 5 " in text
+    assert "1  blocks 3-4, 6-8, head and loss " in text
+    assert "interleaved x 2" in text
+    assert "virtual_stages : 2" in text
 
 
 def test_clean_keeps_ordinary_letters() -> None:

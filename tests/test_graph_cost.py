@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.segments import _kept_bytes, _saved_bytes, replayed
+from autoparallel.cost.segments import _deferred_bytes, _is_deferrable, _kept_bytes, _saved_bytes, replayed
+from autoparallel.emit.deferred import DeferredContraction, defer_weight_gradients
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.ops import flops
@@ -190,6 +191,26 @@ def test_backward_repeats_the_predicted_flops(
     predicted = sum(flops(op, batch=ROWS, seq=SEQ).forward for op in repeated)
     assert counted[recomputation] - counted["none"] == predicted
     assert (predicted == 0) == (recomputation == "selective")
+
+
+@pytest.mark.parametrize("family", PROVED)
+def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str, programs: dict[str, Program]) -> None:
+    model = make_model(family, dtype=torch.float32)
+    program = capture(model)
+    graph, tensors = program.graph, state_tensors(model, program)
+    whole = StagePlan(first_segment=0, last_segment=graph.num_segments - 1, recomputation="none")
+    stage = emit_stage(program, whole, lambda name: tensors[name])
+    defer_weight_gradients(stage)
+    loss, _ = stage(**make_batch(ROWS, SEQ, padded=False), num_items=torch.tensor(ROWS * SEQ))
+    loss.backward()
+    for segment in range(graph.num_segments):
+        modules = stage.get_submodule(f"segment_{segment}").modules()
+        pending = [p for module in modules if isinstance(module, DeferredContraction) for p in module.pending]
+        storages = {t.untyped_storage().data_ptr(): t for p in pending for t in (p.value, p.output_gradient)}
+        predicted = _deferred_bytes(
+            [op for op in graph.segment_ops(segment) if _is_deferrable(op)], batch=ROWS, seq=SEQ
+        )
+        assert predicted == sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 @pytest.mark.parametrize(

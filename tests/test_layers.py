@@ -10,7 +10,7 @@ from pathlib import Path
 import autoparallel
 
 PACKAGE = Path(autoparallel.__file__).parent
-ORDER = ["ir", "plans", "capture", "tensor_parallel", "cost", "space", "schedule", "search", "emit", "runtime"]
+ORDER = ["ir", "plans", "capture", "tensor_parallel", "schedule", "cost", "space", "search", "emit", "runtime"]
 SEE_EVERYTHING = {"api.py", "cli.py", "__init__.py", "__main__.py"}
 WITH_TORCH = {"capture", "emit", "runtime"}
 

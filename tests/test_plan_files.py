@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from autoparallel.errors import AutoParallelError, ConfigError, PlanFormatError, PlanMismatchError
 from autoparallel.plans.plan import Plan
@@ -260,6 +261,19 @@ def test_stage_count_must_match() -> None:
         plans.sample_plan(strategy=plans.strategy())
     with pytest.raises(PlanMismatchError, match=r"estimate\.stages 1"):
         plans.sample_plan(estimate=plans.estimate(1, step_time_s=0.5))
+    interleaved = plans.strategy(schedule="interleaved", virtual_stages=2)
+    with pytest.raises(PlanMismatchError, match="4 stages are announced, on 2 pipeline ranks"):
+        plans.sample_plan(strategy=plans.with_stages(interleaved))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": "interleaved"}, {"virtual_stages": 2}, {"virtual_stages": 2, "schedule": "zero_bubble"}]
+)
+def test_virtual_stages_are_interleaved(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="interleaved, and nothing else"):
+        plans.strategy(**changes)
+    with pytest.raises(ValidationError, match="interleaved, and nothing else"):
+        plans.strategy(1, data_parallel=4, schedule="interleaved", virtual_stages=2)
 
 
 def test_a_plan_knows_its_model_and_cluster() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoparallel.cost.memory import capacity_bytes, stage_memory
+from autoparallel.cost.memory import capacity_bytes, rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 from autoparallel.search.price import compile_candidate, cut_and_price
-from autoparallel.search.relax import Choice, Kind, Option, cheapest
+from autoparallel.search.relax import Choice, Kind, Limits, Option, cheapest
 from autoparallel.search.select import search, select_best_graph_from_candidates
 from autoparallel.space.candidates import enumerate_strategies
 from tests.workloads import GIB, gpus, segment, workload
@@ -51,7 +51,8 @@ def test_cheapest_equals_brute_force(
     blocks = [kind for kind, count in kinds for _ in range(count)]
     leanest = tuple(kind[0] for kind in blocks)
     budget_bytes = needed_bytes(leanest, in_flight=in_flight, ends_bytes=ends_bytes) + spare_bytes
-    found = cheapest(kinds, in_flight=in_flight, budget_bytes=budget_bytes, ends_bytes=ends_bytes)
+    found = cheapest(kinds, Limits(moments=((in_flight, budget_bytes),), ends_bytes=ends_bytes))
+    assert found is not None
     assert fits(chosen_options(kinds, found))
     assert found.recompute_ps == sum(o.recompute_ps for o in chosen_options(kinds, found))
     assert found.recompute_ps == min(sum(o.recompute_ps for o in tried) for tried in product(*blocks) if fits(tried))
@@ -106,7 +107,7 @@ def test_the_first_stage_of_a_pipeline_keeps_least() -> None:
     stages = compile_candidate(drawn, strategy).strategy.stages
     assert stages is not None
     cut = strategy.model_copy(update={"stages": stages})
-    assert all(sum(stage_memory(drawn, cut, stage=i).values()) <= capacity_bytes(drawn) for i in range(2))
+    assert all(sum(rank_memory(drawn, cut, rank=i).values()) <= capacity_bytes(drawn) for i in range(2))
     first, last = ([p.recomputation_of(i, num_segments=14) for i in p.blocks(14)].count("none") for p in stages)
     assert first < last
 

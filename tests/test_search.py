@@ -53,7 +53,7 @@ def dumped(candidates: list[Candidate]) -> str:
 @settings(max_examples=40, deadline=None)
 def test_the_choice_equals_brute_force(drawn: Workload) -> None:
     """Enumerate × all cuts × all levels × price."""
-    fitting = [s for s in strategies(drawn) if s.num_stages <= drawn.num_blocks]
+    fitting = [s for s in strategies(drawn) if s.total_stages <= drawn.num_blocks]
     cuts = [cut for s in fitting for cut in all_cuts(drawn, s) if excess_bytes(drawn, cut) <= 0]
     found = search(drawn, ANY, workers=0)
     if not cuts:
@@ -123,7 +123,7 @@ def test_the_breakdown_sums_to_the_step(drawn: Workload, data: st.DataObject) ->
     if data.draw(st.booleans()):
         flavor = cpus(drawn.flavor.num_devices, memory_bytes=drawn.flavor.memory_bytes)
         drawn = drawn.model_copy(update={"flavor": flavor})
-    strategy = data.draw(st.sampled_from([s for s in strategies(drawn) if s.num_stages <= drawn.num_blocks]))
+    strategy = data.draw(st.sampled_from([s for s in strategies(drawn) if s.total_stages <= drawn.num_blocks]))
     assert_consistent(price(drawn, data.draw(st.sampled_from(list(all_cuts(drawn, strategy))))))
 
 

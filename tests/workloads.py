@@ -49,10 +49,12 @@ def segment(*, forward_s: float, **changes: Any) -> SegmentCost:
     fields: dict[str, Any] = {
         "forward_s": forward_s,
         "backward_s": 2 * forward_s,
+        "weight_gradient_s": changes.get("backward_s", 2 * forward_s) / 2,
         "recompute_selective_s": forward_s / 4,
         "recompute_full_s": forward_s,
         "saved_bytes": 4_000_000,
         "saved_selective_bytes": 2_000_000,
+        "deferred_bytes": 3_000_000,
         "input_bytes": 100_000,
         "workspace_bytes": 1_000_000,
         "forward_flops": int(forward_s * 1e13),

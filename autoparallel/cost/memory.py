@@ -1,7 +1,7 @@
-"""Peak memory of a stage: a workload and a strategy with stages in, bytes per device by part out.
+"""Peak memory of a pipeline rank: a workload and a strategy with stages in, bytes per device by part out.
 
 States follow ZeRO (Rajbhandari et al., arXiv 1910.02054), activations Korthikanti et al. (arXiv 2205.05198). With `N`
-trainable and `F` frozen elements in the stage, `n` trainable in its largest segment, `d` = data_parallel, and `x/d` the
+trainable and `F` frozen elements on the rank, `n` trainable in its largest segment, `d` = data_parallel, and `x/d` the
 largest shard:
 
     level        parameters                                              gradients                 optimizer
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from autoparallel.cost.workload import ParameterCount, Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.schedule.actions import InFlight, in_flight
 
 
 def capacity_bytes(workload: Workload) -> int:
@@ -27,28 +28,22 @@ def capacity_bytes(workload: Workload) -> int:
     return int(workload.flavor.memory_bytes * workload.memory_ratio)
 
 
-def stage_memory(workload: Workload, strategy: Strategy, *, stage: int) -> dict[str, int]:
+def rank_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
     """Bytes per device at the peak of a training step, by part; the strategy's `stages` must be filled."""
-    assert strategy.stages is not None, "stage_memory needs a strategy with stages"
+    plans = strategy.stages_of(rank)
     return {
-        **_state_bytes(workload, strategy, strategy.stages[stage]),
-        "activations": _activation_bytes(workload, strategy, stage),
-        "workspace": _workspace_bytes(workload, strategy, strategy.stages[stage]),
+        **_state_bytes(workload, strategy, plans),
+        "activations": _activation_bytes(workload, strategy, rank),
+        "workspace": max(_workspace_bytes(workload, strategy, plan) for plan in plans),
         "reserve": int(workload.table.reserve_bytes.value),
     }
 
 
-def num_in_flight(strategy: Strategy, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once.
-
-    Without a pipeline each micro-batch runs backward before the next one starts. GPipe runs all forwards first; 1F1B
-    holds as many as there are stages from here to the end.
-    """
-    if strategy.num_stages == 1:
-        return 1
-    if strategy.schedule == "gpipe":
-        return strategy.num_micro_batches
-    return min(strategy.num_micro_batches, strategy.num_stages - stage)
+def peaks(strategy: Strategy) -> tuple[tuple[InFlight, ...], ...]:
+    """By rank: the micro-batches in flight at the moments that may be its peak."""
+    return in_flight(
+        strategy.schedule, strategy.num_stages, strategy.num_micro_batches, virtual_stages=strategy.virtual_stages
+    )
 
 
 def _shard(count: int, ways: int) -> int:
@@ -60,13 +55,14 @@ def _segments(plan: StagePlan) -> range:
     return range(plan.first_segment, plan.last_segment + 1)
 
 
-def segment_parameters(workload: Workload, plan: StagePlan) -> list[ParameterCount]:
-    """Of each segment of a stage; a parameter shared inside the stage counts once, where it is first used."""
-    counts = [workload.parameters[segment] for segment in _segments(plan)]
+def segment_parameters(workload: Workload, *plans: StagePlan) -> list[ParameterCount]:
+    """Of each segment of a rank's stages; a parameter that several share counts once, where it is first used."""
+    segments = [segment for plan in plans for segment in _segments(plan)]
+    counts = [workload.parameters[segment] for segment in segments]
     for shared in workload.shared:
-        users = [segment for segment in shared.segments if segment in _segments(plan)]
+        users = [segment for segment in shared.segments if segment in segments]
         if users:
-            index = min(users) - plan.first_segment
+            index = segments.index(min(users))
             counts[index] = ParameterCount(
                 trainable=counts[index].trainable + shared.count.trainable,
                 frozen=counts[index].frozen + shared.count.frozen,
@@ -74,11 +70,12 @@ def segment_parameters(workload: Workload, plan: StagePlan) -> list[ParameterCou
     return counts
 
 
-def _state_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> dict[str, int]:
+def _state_bytes(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> dict[str, int]:
     """Parameters, gradients and optimizer states, as the module's table."""
     precision = workload.precision
-    stage = workload.stage_parameters(plan.first_segment, plan.last_segment)
-    trainable, total = stage.trainable, stage.trainable + stage.frozen
+    segments = segment_parameters(workload, *plans)
+    trainable = sum(count.trainable for count in segments)
+    total = trainable + sum(count.frozen for count in segments)
     ways, level = strategy.data_parallel, strategy.distribute_param
     if ways == 1 or level == 0:
         copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
@@ -87,7 +84,6 @@ def _state_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> dic
             "gradients": trainable * precision.gradient_bytes,
             "optimizer": trainable * precision.optimizer_state_bytes,
         }
-    segments = segment_parameters(workload, plan)
     gathered = _largest_sum([c.trainable + c.frozen for c in segments], 2) if level == 3 else total
     # With one micro-batch, level 1 too reduces each block's gradients as soon as they are made.
     keeps_whole = level == 1 and strategy.num_micro_batches > 1
@@ -110,24 +106,44 @@ def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment
     return workload.cost(segment, strategy.batch_per_device).kept_bytes(level)
 
 
-def _activation_bytes(workload: Workload, strategy: Strategy, stage: int) -> int:
-    """What forward keeps for backward, for every micro-batch in flight, and the buffers of stage boundaries.
-
-    The boundary to the next stage holds one output for each micro-batch in flight (kept until its backward) and the
-    gradient that comes back. The boundary to the stage before holds the next input, received ahead; inputs of the
-    micro-batches in flight are those of the first segment.
+def _activation_bytes(workload: Workload, strategy: Strategy, rank: int) -> int:
+    """What a rank's stages keep for every micro-batch in flight, at the worst moment, and buffers of their boundaries:
+    the next input, received ahead, and the gradient that comes back.
     """
-    assert strategy.stages is not None
-    plan, in_flight = strategy.stages[stage], num_in_flight(strategy, stage)
-    total = 0
-    for segment in _segments(plan):
-        input_bytes = workload.cost(segment, strategy.batch_per_device).input_bytes
-        total += in_flight * (_kept_bytes(workload, strategy, plan, segment) + input_bytes)
-    if stage > 0:
-        total += workload.cost(plan.first_segment, strategy.batch_per_device).input_bytes
-    if stage < strategy.num_stages - 1:
-        total += (in_flight + 1) * workload.cost(plan.last_segment + 1, strategy.batch_per_device).input_bytes
-    return total
+    plans = strategy.stages_of(rank)
+    peak = max(size_bytes for _, size_bytes in in_flight_bytes(workload, strategy, rank))
+    boundaries = [segment for plan in plans for segment in (plan.first_segment, plan.last_segment + 1)]
+    return peak + sum(_boundary_bytes(workload, strategy, segment) for segment in boundaries)
+
+
+def in_flight_bytes(workload: Workload, strategy: Strategy, rank: int) -> list[tuple[InFlight, int]]:
+    """What a rank's stages keep of micro-batches in flight, at each moment that may be its peak."""
+    held = [_held_bytes(workload, strategy, plan) for plan in strategy.stages_of(rank)]
+    found = []
+    for moment in peaks(strategy)[rank]:
+        counts = zip(moment.forwarded, moment.half_done, held, strict=True)
+        found.append(
+            (moment, sum(forwarded * kept + half_done * rest for forwarded, half_done, (kept, rest) in counts))
+        )
+    return found
+
+
+def _held_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> tuple[int, int]:
+    """What a stage keeps of one micro-batch after its forward (inputs of its segments and its output among it), and
+    after the first half of a split backward.
+    """
+    costs = [workload.cost(segment, strategy.batch_per_device) for segment in _segments(plan)]
+    kept = sum(_kept_bytes(workload, strategy, plan, segment) for segment in _segments(plan))
+    output_bytes = _boundary_bytes(workload, strategy, plan.last_segment + 1)
+    forwarded_bytes = kept + sum(cost.input_bytes for cost in costs) + output_bytes
+    return forwarded_bytes, sum(cost.deferred_bytes for cost in costs)
+
+
+def _boundary_bytes(workload: Workload, strategy: Strategy, segment: int) -> int:
+    """Activations that enter a segment from another rank; none where the model begins and ends."""
+    if not 0 < segment < len(workload.segment_classes):
+        return 0
+    return workload.cost(segment, strategy.batch_per_device).input_bytes
 
 
 def _workspace_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> int:

@@ -13,7 +13,7 @@ from autoparallel.cost.tables import CostTable
 from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
-from autoparallel.ir.ops import ATTENTION, Flops, attention_window, contracted_inputs, flops
+from autoparallel.ir.ops import ATTENTION, DEFERRABLE, Flops, attention_window, contracted_inputs, flops
 
 # Lookups touch as many rows of their first operand as they return, not the whole table.
 LOOKUPS = {"aten.embedding.default", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default"}
@@ -97,13 +97,17 @@ def _segment_cost(
     # A micro-batch adds its gradients to the ones before it: two reads and a write.
     accumulate_s = memory_s(table, 3 * gradients * precision.gradient_bytes)
     entering = {spec.name for spec in graph.boundaries[segment]}
+    backward = [_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
+    deferred = [(op, time_s) for op, time_s in zip(ops, backward, strict=True) if _is_deferrable(op)]
     return SegmentCost(
         forward_s=sum(forward),
-        backward_s=sum(_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)) + accumulate_s,
+        backward_s=sum(backward) + accumulate_s,
+        weight_gradient_s=sum(time_s / _gradients(op) for op, time_s in deferred) + accumulate_s,
         recompute_selective_s=sum(_rebuild_s(op, table, **size) for op in again),
         recompute_full_s=sum(forward[: len(again)]),
         saved_bytes=_saved_bytes(ops, entering, **size),
         saved_selective_bytes=_kept_bytes(ops, **size),
+        deferred_bytes=_deferred_bytes([op for op, _ in deferred], **size),
         input_bytes=sum(spec.size_bytes(**size) for spec in graph.boundaries[segment]),
         workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
         forward_flops=sum(f.forward for f in counted),
@@ -130,13 +134,22 @@ def _backward_s(op: Op, counted: Flops, table: CostTable, *, batch: int, seq: in
         return 0.0
     moved = _backward_bytes(op, batch=batch, seq=seq)
     kind = _kind(op)
-    kernels = sum(op.inputs[i].requires_grad for i in contracted_inputs(op)) if kind == "matmul" else 1
+    kernels = _gradients(op) if kind == "matmul" else 1
     if kernels == 0:
         return 0.0
     one = kernel_s(
         table, kind=kind, flops=counted.executed_backward / kernels, moved_bytes=moved / kernels, dtype=_dtype(op)
     )
     return kernels * one
+
+
+def _gradients(op: Op) -> int:
+    """How many of a contraction's operands need one."""
+    return sum(op.inputs[i].requires_grad for i in contracted_inputs(op))
+
+
+def _is_deferrable(op: Op) -> bool:
+    return op.target in DEFERRABLE and op.inputs[DEFERRABLE[op.target].weight].requires_grad
 
 
 def _dtype(op: Op) -> str:
@@ -200,6 +213,13 @@ def _rebuild_s(op: Op, table: CostTable, *, batch: int, seq: int) -> float:
     kept = {s.storage: s.size_bytes(batch=batch, seq=seq) for s in op.kept}
     rebuilt_bytes = sum(size for storage, size in made.items() if storage not in kept)
     return memory_s(table, rebuilt_bytes + sum(kept.values())) if rebuilt_bytes else 0.0
+
+
+def _deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+    """Values, each once, and output gradients."""
+    values = {value.name: value for value in (op.inputs[DEFERRABLE[op.target].value] for op in ops)}
+    held = [*values.values(), *(tensor for op in ops for tensor in op.outputs)]
+    return sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in held)
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:

@@ -16,6 +16,8 @@ class SegmentCost(Schema):
     forward_s: float
     backward_s: float
     """Without recomputation."""
+    weight_gradient_s: float
+    """The part of backward that a schedule with a split backward can make later."""
     recompute_selective_s: float
     """Forward work repeated in backward under selective recomputation."""
     recompute_full_s: float
@@ -24,6 +26,8 @@ class SegmentCost(Schema):
     """Activations kept from forward to backward without recomputation, beyond its input."""
     saved_selective_bytes: int
     """The same under selective recomputation."""
+    deferred_bytes: int
+    """Kept from the first half of a split backward to the second: operands of the gradients that are made later."""
     input_bytes: int
     """The activations that enter: kept under every recomputation level, and sent when a stage starts here."""
     workspace_bytes: int

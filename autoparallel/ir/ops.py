@@ -7,7 +7,7 @@ them (2 per multiply-add, matmuls and attention only) beside the FLOPs a causal 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import Op
@@ -52,6 +52,22 @@ CONVERSIONS: dict[str, Conversion] = {
 VOCABULARY_EMBEDDING = "tensor_parallel.embedding"
 VOCABULARY_CROSS_ENTROPY = "tensor_parallel.cross_entropy"
 """all_reduce of the largest logit, then of the denominator and the target's logit, one number a token each."""
+
+
+class Operands(NamedTuple):
+    """Argument positions of a contraction with a matrix: [out, in] as a linear layer holds it, or [in, out]."""
+
+    value: int
+    weight: int
+    bias: int
+    weight_is_in_out: bool
+
+
+# Contractions whose weight's gradient can be made later than the gradient of their input.
+DEFERRABLE = {
+    "aten.linear.default": Operands(value=0, weight=1, bias=2, weight_is_in_out=False),
+    "aten.addmm.default": Operands(value=1, weight=2, bias=0, weight_is_in_out=True),
+}
 
 
 @dataclass(frozen=True, slots=True)

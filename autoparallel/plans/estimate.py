@@ -20,7 +20,7 @@ class Breakdown(Schema):
 
 
 class StageEstimate(Schema):
-    """One stage, per device."""
+    """One pipeline rank with all its stages, per device."""
 
     forward_s: float
     backward_s: float
@@ -42,6 +42,7 @@ class Estimate(Schema):
     """
     breakdown_s: Breakdown
     stages: tuple[StageEstimate, ...]
+    """By pipeline rank."""
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -148,11 +148,14 @@ def _check_arithmetic(plan: Plan) -> None:
 
 
 def _check_stages(plan: Plan) -> None:
-    """Every segment, first to last, belongs to exactly one stage, in order."""
-    stages, num_stages = plan.strategy.stages, plan.strategy.num_stages
-    if stages is None or len(stages) != num_stages or len(plan.estimate.stages) != num_stages:
-        found = f"strategy.stages has {len(stages or ())} entries, estimate.stages {len(plan.estimate.stages)}"
-        raise PlanMismatchError(f"strategy.stages: {num_stages} stages are announced.", why=found, remedy=WRONG_PLAN)
+    """Every segment, first to last, belongs to exactly one stage, in order; estimates are by pipeline rank."""
+    stages, strategy, estimates = plan.strategy.stages, plan.strategy, plan.estimate.stages
+    if stages is None or len(stages) != strategy.total_stages or len(estimates) != strategy.num_stages:
+        found = f"strategy.stages has {len(stages or ())} entries, estimate.stages {len(estimates)}"
+        announced = f"{strategy.total_stages} stages are announced"
+        if strategy.virtual_stages > 1:
+            announced += f", on {strategy.num_stages} pipeline ranks"
+        raise PlanMismatchError(f"strategy.stages: {announced}.", why=found, remedy=WRONG_PLAN)
     expected = 0
     for index, stage in enumerate(stages):
         first, last = stage.first_segment, stage.last_segment

@@ -11,7 +11,7 @@ from autoparallel.ir.schema import Schema
 Recomputation = Literal["none", "selective", "full"]
 StageRecomputation = Recomputation | Annotated[tuple[Recomputation, ...], Field(min_length=1)]
 """Of all blocks of a stage, or of each in order."""
-ScheduleName = Literal["gpipe", "1f1b"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 RECOMPUTATION_LEVELS: dict[Recomputation, int] = {"none": 0, "selective": 1, "full": 2}
 
 
@@ -47,6 +47,9 @@ class StagePlan(Schema):
 class Strategy(Schema):
     """One named way to parallelise. `num_stages × tensor_parallel × data_parallel` devices;
     `data_parallel × batch_per_device × num_micro_batches` rows a step.
+
+    `num_stages` is the number of pipeline ranks; `interleaved` cuts the model into `num_stages × virtual_stages`
+    stages, which `stages` lists in the model's order: stage `s` sits on pipeline rank `s % num_stages`.
 
     `distribute_param`: 0 replicates over data parallelism; 1 shards masters and optimizer states; 2 gradients too,
     reduced after every micro-batch; 3 parameters too, gathered block by block (ZeRO, arXiv 1910.02054).
@@ -85,6 +88,25 @@ class Strategy(Schema):
         least = self.least_recomputation
         return self.recomputation if least is None else f"{least} to {self.recomputation}"
 
+    @model_validator(mode="after")
+    def _has_virtual_stages_where_interleaved(self) -> Strategy:
+        interleaved = self.schedule == "interleaved"
+        if interleaved != (self.virtual_stages > 1) or (interleaved and self.num_stages == 1):
+            raise ValueError(
+                "interleaved, and nothing else, has two or more virtual_stages on each of two or more ranks"
+            )
+        return self
+
+    @property
+    def total_stages(self) -> int:
+        """All pipeline ranks' stages together."""
+        return self.num_stages * self.virtual_stages
+
+    def stages_of(self, rank: int) -> tuple[StagePlan, ...]:
+        """Those of one pipeline rank."""
+        assert self.stages is not None, "the model is not cut yet"
+        return self.stages[rank :: self.num_stages]
+
     @property
     def num_devices(self) -> int:
         return self.num_stages * self.tensor_parallel * self.data_parallel
@@ -102,6 +124,8 @@ class Strategy(Schema):
         parts += [f"recomputation : {self.recomputation_range}", f"distribute_param : {self.distribute_param}"]
         if self.num_stages > 1:
             parts.append(f"schedule : {self.schedule}")
+        if self.virtual_stages > 1:
+            parts.append(f"virtual_stages : {self.virtual_stages}")
         return ", ".join(parts)
 
 

@@ -25,7 +25,7 @@ CHOICES: dict[str, Callable[[Strategy], str]] = {
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
     "recomputation": lambda s: s.recomputation_range,
     "sharding": lambda s: f"distribute_param {s.distribute_param}",
-    "schedule": lambda s: s.schedule,
+    "schedule": lambda s: _schedule(s),
 }
 
 Priced = tuple[Strategy, Estimate]
@@ -81,10 +81,12 @@ def _choice(plan: Plan) -> str:
 
 def _stages(plan: Plan) -> str:
     rows = [["stage", "holds", "parameters", "forward", "backward", "recomputation"]]
-    for index, (stage, cost) in enumerate(zip(plan.strategy.stages or (), plan.estimate.stages, strict=True)):
+    for rank, cost in enumerate(plan.estimate.stages):
         times = [_duration(cost.forward_s), _duration(cost.backward_s)]
-        holds = _holds(stage, num_blocks=plan.model.num_blocks)
-        rows.append([str(index), holds, _count(cost.parameters), *times, _levels(stage)])
+        stages = plan.strategy.stages_of(rank)
+        holds = _holds(stages, num_blocks=plan.model.num_blocks)
+        levels = "; ".join(dict.fromkeys(_levels(stage) for stage in stages))
+        rows.append([str(rank), holds, _count(cost.parameters), *times, levels])
     return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
 
 
@@ -196,8 +198,12 @@ def _same(one: Strategy, other: Strategy) -> bool:
 def _label(strategy: Strategy) -> str:
     parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
-    parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", strategy.schedule]
+    parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", _schedule(strategy)]
     return ", ".join(parts)
+
+
+def _schedule(strategy: Strategy) -> str:
+    return f"{strategy.schedule} x {strategy.virtual_stages}" if strategy.virtual_stages > 1 else strategy.schedule
 
 
 def _loss(chosen: Estimate, other: Estimate) -> str:
@@ -214,12 +220,14 @@ def _terms(breakdown: Breakdown) -> dict[str, float]:
     return breakdown.model_dump()
 
 
-def _holds(stage: StagePlan, *, num_blocks: int) -> str:
-    first, last = max(stage.first_segment, 1), min(stage.last_segment, num_blocks)
-    parts = ["embedding"] if stage.first_segment == 0 else []
-    if first <= last:
-        parts.append(f"block {first}" if first == last else f"blocks {first}-{last}")
-    if stage.last_segment > num_blocks:
+def _holds(stages: Sequence[StagePlan], *, num_blocks: int) -> str:
+    """What the stages of one pipeline rank hold; all their blocks are named together."""
+    runs = [(max(stage.first_segment, 1), min(stage.last_segment, num_blocks)) for stage in stages]
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in runs if first <= last]
+    parts = ["embedding"] if stages[0].first_segment == 0 else []
+    if named:
+        parts.append(("block " if named[0].isdigit() and len(named) == 1 else "blocks ") + ", ".join(named))
+    if stages[-1].last_segment > num_blocks:
         parts.append("head and loss")
     return ", ".join(parts)
 

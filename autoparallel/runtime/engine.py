@@ -4,14 +4,15 @@ step, an evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from autoparallel.capture.program import Program
+from autoparallel.emit.deferred import defer_weight_gradients
 from autoparallel.emit.stage import Member, emit_stage, state_tensors
 from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
@@ -21,7 +22,8 @@ from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
-from autoparallel.runtime.pipeline import Pipeline
+from autoparallel.runtime.pipeline import LocalStage, Pipeline
+from autoparallel.schedule.actions import splits_backward
 from autoparallel.tensor_parallel.splits import TensorParallel
 
 
@@ -40,30 +42,18 @@ class Engine:
             device_type=device.type,
         )
         self.split = TensorParallel(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
-        member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
-        constants = state_tensors(model, program)
         stage_of_segment = [
-            i for i, s in enumerate(strategy.stages) for _ in range(s.first_segment, s.last_segment + 1)
+            index % strategy.num_stages
+            for index, s in enumerate(strategy.stages)
+            for _ in range(s.first_segment, s.last_segment + 1)
         ]
         sharded = strategy.distribute_param > 0
-        graph = program.graph
-        self.parameters = place(
-            model, graph.parameters, stage_of_segment, self.split.parameters(graph), self.mesh, sharded=sharded
-        )
-        mine = strategy.stages[self.mesh.stage]
-        segments = range(mine.first_segment, mine.last_segment + 1)
-        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
-        self.stage: fx.GraphModule = emit_stage(
-            program, mine, lambda name: leaves.get(name, constants[name]), member=member, device=device
-        )
-        if sharded:
-            shard(self.stage, self.parameters, distribute_param=strategy.distribute_param)
+        splits = self.split.parameters(program.graph)
+        self.parameters = place(model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded)
         self.logits_spec, loss_spec = _output_specs(program)
-        self.vocabulary = self.split.logits(graph)
-        is_last = self.mesh.stage == self.mesh.num_stages - 1
-        leaving = (loss_spec,) if is_last else self.split.entering(graph, mine.last_segment + 1)
-        entering = self.split.entering(graph, mine.first_segment)
-        self.pipeline = Pipeline(self.stage, strategy, self.mesh, entering=entering, leaving=leaving, device=device)
+        self.vocabulary = self.split.logits(program.graph)
+        self.stages = self._emit(program, state_tensors(model, program), loss_spec)
+        self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
@@ -73,6 +63,28 @@ class Engine:
         for part in model.modules():
             if part is not model:
                 part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))
+
+    def _emit(self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec) -> list[LocalStage]:
+        """The stages of this pipeline rank, first to last, their parameters placed and sharded."""
+        graph, strategy = program.graph, self.strategy
+        plans = strategy.stages_of(self.mesh.stage)
+        segments = [segment for plan in plans for segment in range(plan.first_segment, plan.last_segment + 1)]
+        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
+        member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
+        stages = []
+        for index, plan in zip(range(self.mesh.stage, strategy.total_stages, strategy.num_stages), plans, strict=True):
+            module = emit_stage(
+                program, plan, lambda name: leaves.get(name, constants[name]), member=member, device=self.device
+            )
+            if splits_backward(strategy.schedule, strategy.num_stages):
+                defer_weight_gradients(module)
+            if strategy.distribute_param > 0:
+                shard(module, self.parameters, distribute_param=strategy.distribute_param)
+            is_last = plan.last_segment == graph.num_segments - 1
+            entering = self.split.entering(graph, plan.first_segment)
+            leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)
+            stages.append(LocalStage(index, module, entering, leaving))
+        return stages
 
     def train(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """One step: the loss of the whole batch on every rank, and this rank's piece of every trained parameter's
@@ -94,8 +106,7 @@ class Engine:
         rows, seq_len = batch.rows, batch.seq_len
         batch = self._filled(batch)
         with self._own_random_stream(batch.seed):
-            results = [self.pipeline.forward(inputs) for inputs in self._micro_batches(batch)]
-        mine = [result for result in results if result is not None]
+            mine = self.pipeline.forward(self._micro_batches(batch))
         loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
         return loss, self._gather_logits([r[1] for r in mine], batch)[:rows, :seq_len]
 
@@ -179,7 +190,8 @@ class Engine:
             )
 
     def train_mode(self, training: bool) -> None:
-        self.stage.train(training)
+        for stage in self.stages:
+            stage.module.train(training)
 
 
 def _output_specs(program: Program) -> tuple[TensorSpec, TensorSpec]:

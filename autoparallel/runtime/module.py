@@ -119,7 +119,7 @@ class ParallelModule:
 
     def program(self) -> str:
         """The emitted program of this rank as Python text, blocks included."""
-        return readable(self._placed_engine("program").stage)
+        return "\n".join(readable(stage.module) for stage in self._placed_engine("program").stages)
 
     def print_readable(self) -> str:
         """Print `program()`."""

@@ -33,7 +33,7 @@ class Placed:
     shape: torch.Size
     """Of the whole parameter."""
     stages: tuple[int, ...]
-    """Stages that use it; empty when the loss does not depend on it."""
+    """Pipeline ranks that use it; empty when the loss does not depend on it."""
     split: ParameterSplit | None = None
     """How it is divided over the tensor-parallel group; None where the loss does not depend on it."""
     leaf: nn.Parameter | None = None
@@ -267,7 +267,7 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
     by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
     for p in parameters.placed:
-        if p.leaf is not None:
+        if p.leaf is not None and p.name in by_name:
             leaf = by_name[p.name]
             assert isinstance(leaf, DTensor)
             p.leaf = leaf

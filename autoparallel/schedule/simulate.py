@@ -1,18 +1,21 @@
-"""Actions of every rank and the seconds of each stage in, the timeline of one step out.
+"""Actions of every pipeline rank and the seconds of each stage in, the timeline of one step out.
 
 An action starts when its rank is free and its input has arrived: a forward needs the forward of the stage before and a
-send, a backward the backward of the stage after and a send, on the last stage its own forward. Each is timed once.
+send; a backward (B or I) the backward of the stage after and a send, on the last stage its own forward; a weight
+gradient (W) its own I. Each is timed once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoparallel.schedule.actions import Action
+from autoparallel.schedule.actions import Action, Kind
 
 _UNKNOWN = -1.0
+_SENDS: Mapping[Kind, int] = {"F": 1, "B": -1, "I": -1}
+"""Where an action's result goes, in stages from its own."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,17 @@ class Timeline:
 def simulate(
     actions: Sequence[Sequence[Action]],
     *,
-    forward_s: Sequence[float],
-    backward_s: Sequence[float],
+    cost_s: Mapping[Kind, Sequence[float]],
     send_s: Sequence[float],
     start_s: Sequence[float] | None = None,
 ) -> Timeline:
     """Time one step.
 
-    `send_s[i]` is a send between stages i and i + 1, either way; `start_s` is when each rank may begin, 0 by default.
+    `cost_s[kind][i]` is an action on stage i, `send_s[i]` a send between stages i and i + 1, either way; `start_s` is
+    when each rank may begin, 0 by default.
     """
-    assert len(forward_s) == len(backward_s) == len(send_s) + 1
-    sweep = _Sweep(actions, forward_s=forward_s, backward_s=backward_s, send_s=send_s, start_s=start_s)
+    assert all(len(of_stages) == len(send_s) + 1 for of_stages in cost_s.values())
+    sweep = _Sweep(actions, cost_s=cost_s, send_s=send_s, start_s=start_s)
     waiting = deque(range(len(actions)))
     queued = [True] * len(actions)
     while waiting:
@@ -68,15 +71,14 @@ class _Sweep:
         self,
         actions: Sequence[Sequence[Action]],
         *,
-        forward_s: Sequence[float],
-        backward_s: Sequence[float],
+        cost_s: Mapping[Kind, Sequence[float]],
         send_s: Sequence[float],
         start_s: Sequence[float] | None,
     ) -> None:
-        num_stages, num_ranks = len(forward_s), len(actions)
+        num_stages, num_ranks = len(send_s) + 1, len(actions)
         num_micro_batches = 1 + max(action.micro_batch for order in actions for action in order)
         self.actions = actions
-        self.cost_s = {"F": forward_s, "B": backward_s}
+        self.cost_s = cost_s
         self.send_s = send_s
         self.begin_s = list(start_s) if start_s is not None else [0.0] * num_ranks
         self.clock_s = list(self.begin_s)
@@ -84,7 +86,14 @@ class _Sweep:
         self.starts_s: list[list[float]] = [[] for _ in actions]
         self.busy_s = [0.0] * num_ranks
         self.transfer_s = [0.0] * num_ranks
-        self.end_s = {kind: [[_UNKNOWN] * num_micro_batches for _ in range(num_stages)] for kind in "FB"}
+        # I hands on what B does, so that both end as "B".
+        forward_s, backward_s, weights_s = ([[_UNKNOWN] * num_micro_batches for _ in range(num_stages)] for _ in "FBW")
+        self.end_s: Mapping[Kind, list[list[float]]] = {
+            "F": forward_s,
+            "B": backward_s,
+            "I": backward_s,
+            "W": weights_s,
+        }
         self.rank_of_stage = {action.stage: rank for rank, order in enumerate(actions) for action in order}
 
     def advance(self, rank: int) -> set[int]:
@@ -107,17 +116,19 @@ class _Sweep:
             busy_s += cost_s
             self.end_s[kind][stage][micro_batch] = clock_s
             position += 1
-            target = stage + 1 if kind == "F" else stage - 1
+            target = stage + _SENDS.get(kind, 0)
             if 0 <= target <= last_stage:
                 reached.add(self.rank_of_stage[target])
         self.clock_s[rank], self.busy_s[rank], self.transfer_s[rank] = clock_s, busy_s, transfer_s
         self.position[rank] = position
         return reached - {rank}
 
-    def _input(self, stage: int, kind: str, micro_batch: int) -> tuple[float, float]:
+    def _input(self, stage: int, kind: Kind, micro_batch: int) -> tuple[float, float]:
         """When the action's input was made, and how long it travels."""
         if kind == "F":
             return (self.end_s["F"][stage - 1][micro_batch], self.send_s[stage - 1]) if stage else (0.0, 0.0)
+        if kind == "W":
+            return self.end_s["I"][stage][micro_batch], 0.0
         own_s = self.end_s["F"][stage][micro_batch]
         if own_s == _UNKNOWN or stage == len(self.send_s):
             return own_s, 0.0

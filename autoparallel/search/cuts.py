@@ -8,6 +8,10 @@ since a stage ends that much before stage 0. The sum is the same for every cut; 
 contiguous cuts with a block in every stage. As in Alpa (arXiv 2201.12023), bounds on the slowest stage are enumerated
 and a dynamic program finds the best end under each; the walk stops once the bound alone exceeds the best. Among equals
 the most even cut is taken, then the one whose last stages begin earliest. `polish` goes on from there by simulation.
+
+With virtual stages the formula is a guide only, and a rank's memory is no bound on each of its stages: a cut found for
+stages that are alone on their ranks is checked as it is, then the one that needs least memory, sought among all cuts
+where they are few.
 """
 
 from __future__ import annotations
@@ -33,9 +37,9 @@ EVENNESS_STEPS = 2**15
 
 @dataclass(frozen=True)
 class Shortfall:
-    """The stage that misses its memory by most, in the cut where that is least."""
+    """The pipeline rank that misses its memory by most, in the cut where that is least."""
 
-    stage: int
+    rank: int
     stages: tuple[StagePlan, ...]
     excess_bytes: int
 
@@ -45,28 +49,27 @@ def find_cuts(
 ) -> tuple[StagePlan, ...] | Shortfall:
     """The stages of a strategy with at most as many stages as the model has blocks.
 
-    `limit_bytes` is the memory of a stage, by default what the workload allows.
+    `limit_bytes` is the memory of a rank, by default what the workload allows.
     """
     limit_bytes = capacity_bytes(workload) if limit_bytes is None else limit_bytes
     ranges = Ranges(workload, strategy)
-    legal = has_block(ranges.num_segments, num_stages=strategy.num_stages)
-    excess = [ranges.memory_bytes(stage) - limit_bytes for stage in range(strategy.num_stages)]
+    legal = has_block(ranges.num_segments, num_stages=strategy.total_stages)
+    excess = [ranges.memory_bytes(stage) - limit_bytes for stage in range(strategy.total_stages)]
     fits = [legal & (stage_excess <= 0) for stage_excess in excess]
+    cuts = Cuts(workload, strategy, fits, limit_bytes)
+    fast = least_formula(ranges, fits)
+    if fast is not None and cuts.all_fit(fast):
+        return cuts.plans(polish(cuts, fast))
+    lean = _partition(excess, [legal] * len(excess), np.maximum)
+    assert lean is not None, "fewer blocks than stages"
+    others = cuts.everything() if strategy.virtual_stages > 1 and cuts.are_few else ()
+    leanest = min([lean, *others], key=lambda firsts: max(cuts.excess_bytes(firsts)))
+    return cuts.plans(polish(cuts, leanest)) if cuts.all_fit(leanest) else _shortfall(cuts, leanest)
 
-    def all_fit(firsts: Firsts) -> bool:
-        ends = (*firsts[1:], ranges.num_segments)
-        stages = zip(fits, firsts, ends, strict=True)
-        return all(first < end and bool(mask[first, end - 1]) for mask, first, end in stages)
 
-    cuts = Cuts(workload, strategy, all_fit)
-    firsts = least_formula(ranges, fits)
-    if firsts is not None:
-        return cuts.plans(polish(cuts, firsts))
-    firsts = _partition(excess, [legal] * strategy.num_stages, np.maximum)
-    assert firsts is not None, "fewer blocks than stages"
-    stages = cuts.plans(firsts)
-    worst = [int(excess[i][plan.first_segment, plan.last_segment]) for i, plan in enumerate(stages)]
-    return Shortfall(stage=worst.index(max(worst)), stages=stages, excess_bytes=max(worst))
+def _shortfall(cuts: Cuts, firsts: Firsts) -> Shortfall:
+    excess = cuts.excess_bytes(firsts)
+    return Shortfall(rank=excess.index(max(excess)), stages=cuts.plans(firsts), excess_bytes=max(excess))
 
 
 def has_block(num_segments: int, *, num_stages: int) -> Mask:

@@ -8,11 +8,15 @@ costs most, so that one budget serves both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.cost.memory import rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.search.relax import Relaxation
@@ -32,9 +36,12 @@ class Cuts:
 
     workload: Workload
     strategy: Strategy
-    fits: Callable[[Firsts], bool]
-    """Whether each stage has a block and fits into memory."""
+    fits: Sequence[NDArray[np.bool_]]
+    """[stage][first, last]: whether the range has a block and fits into memory, alone on its rank."""
+    limit_bytes: int
+    """Memory of a rank."""
     _seconds: dict[StagePlan, StageSeconds] = field(default_factory=dict)
+    _rank_bytes: dict[tuple[int, tuple[StagePlan, ...]], int] = field(default_factory=dict)
 
     @cached_property
     def _relaxation(self) -> Relaxation:
@@ -49,6 +56,23 @@ class Cuts:
         )
         return self._relaxation.stages(plans)
 
+    def all_fit(self, firsts: Firsts) -> bool:
+        """Whether each stage has a block and each rank's stages fit into its memory."""
+        ends = (*firsts[1:], len(self.workload.segment_classes))
+        stages = zip(self.fits, firsts, ends, strict=True)
+        if not all(first < end and bool(mask[first, end - 1]) for mask, first, end in stages):
+            return False
+        return self.strategy.virtual_stages == 1 or max(self.excess_bytes(firsts)) <= 0
+
+    def excess_bytes(self, firsts: Firsts) -> list[int]:
+        """By how much each rank's stages miss its memory; negative where they fit."""
+        cut = self.strategy.model_copy(update={"stages": self.plans(firsts)})
+        ranks = list(enumerate(cut.stages_of(rank) for rank in range(cut.num_stages)))
+        for rank, plans in ranks:
+            if (rank, plans) not in self._rank_bytes:
+                self._rank_bytes[rank, plans] = sum(rank_memory(self.workload, cut, rank=rank).values())
+        return [self._rank_bytes[key] - self.limit_bytes for key in ranks]
+
     def step_time_s(self, firsts: Firsts) -> float:
         plans = self.plans(firsts)
         strategy = self.strategy.model_copy(update={"stages": plans})
@@ -61,28 +85,36 @@ class Cuts:
 
     def everything(self) -> Iterator[Firsts]:
         """All cuts with a block in every stage, whether they fit or not."""
-        for rest in combinations(range(2, len(self.workload.segment_classes) - 1), self.strategy.num_stages - 1):
+        for rest in combinations(range(2, len(self.workload.segment_classes) - 1), self.strategy.total_stages - 1):
             yield (0, *rest)
+
+    @property
+    def budget(self) -> int:
+        """How many cuts may be simulated."""
+        return BUDGET_ACTIONS // (2 * self.strategy.total_stages * self.strategy.num_micro_batches)
+
+    @property
+    def are_few(self) -> bool:
+        """Whether all of them may be simulated."""
+        return math.comb(max(0, self.workload.num_blocks - 1), self.strategy.total_stages - 1) <= self.budget
 
 
 def polish(cuts: Cuts, firsts: Firsts) -> Firsts:
     """The fastest of all cuts where they are few, otherwise the best in reach of `firsts`; ties stay where they are."""
-    strategy = cuts.strategy
-    if strategy.num_stages == 1:
+    if cuts.strategy.num_stages == 1:
         return firsts
-    budget = BUDGET_ACTIONS // (2 * strategy.num_stages * strategy.num_micro_batches)
-    num_cuts = math.comb(max(0, cuts.workload.num_blocks - 1), strategy.num_stages - 1)
-    if num_cuts > budget:
-        return _descend(cuts, firsts, budget=budget)
+    if not cuts.are_few:
+        return _descend(cuts, firsts)
     best, best_s = firsts, cuts.step_time_s(firsts)
     for cut in cuts.everything():
-        if cuts.fits(cut) and (step_time_s := cuts.step_time_s(cut)) < best_s:
+        if cuts.all_fit(cut) and (step_time_s := cuts.step_time_s(cut)) < best_s:
             best, best_s = cut, step_time_s
     return best
 
 
-def _descend(cuts: Cuts, firsts: Firsts, *, budget: int) -> Firsts:
-    """Move boundaries back or on by one segment, in turn, until no move helps or `budget` cuts are simulated."""
+def _descend(cuts: Cuts, firsts: Firsts) -> Firsts:
+    """Move boundaries back or on by one segment, in turn, until no move helps or the budget is spent."""
+    budget = cuts.budget
     best, best_s = firsts, cuts.step_time_s(firsts) if budget else 0.0
     moves = [(stage, step) for stage in range(1, len(firsts)) for step in (-1, 1)]
     turn = since_last_gain = 0
@@ -90,7 +122,7 @@ def _descend(cuts: Cuts, firsts: Firsts, *, budget: int) -> Firsts:
         stage, step = moves[turn % len(moves)]
         cut = (*best[:stage], best[stage] + step, *best[stage + 1 :])
         turn, since_last_gain = turn + 1, since_last_gain + 1
-        if not cuts.fits(cut):
+        if not cuts.all_fit(cut):
             continue
         budget -= 1
         if (step_time_s := cuts.step_time_s(cut)) < best_s:

@@ -1,12 +1,12 @@
 """One strategy in; its stages, or why it is impossible, then its price out.
 
-The parts of a price are those of the stage that ends the step (`step.run_step`); they sum to the step time.
+The parts of a price are those of the pipeline rank that ends the step (`step.run_step`); they sum to the step time.
 """
 
 from __future__ import annotations
 
 from autoparallel.cost.compute import peak_flops_per_s
-from autoparallel.cost.memory import capacity_bytes, stage_memory
+from autoparallel.cost.memory import capacity_bytes, rank_memory, segment_parameters
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
 from autoparallel.plans.candidate import Candidate
@@ -23,8 +23,8 @@ UNLIMITED_BYTES = 2**62
 def compile_candidate(workload: Workload, strategy: Strategy) -> Candidate:
     """The strategy with its stages, or with the reason why it is impossible. Stages that are given are kept."""
     check_strategy(workload, strategy)
-    if strategy.num_stages > max(1, workload.num_blocks):
-        reason = f"{strategy.num_stages} stages need a block each, and the model has {workload.num_blocks}"
+    if strategy.total_stages > max(1, workload.num_blocks):
+        reason = f"{strategy.total_stages} stages need a block each, and the model has {workload.num_blocks}"
         return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="layers"))
     found = _given_stages(workload, strategy) if strategy.stages else find_cuts(workload, strategy)
     if isinstance(found, Shortfall):
@@ -43,11 +43,11 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
     if strategy.stages:
         _given_stages(workload, strategy)
         return price(workload, strategy)
-    if strategy.num_stages > max(1, workload.num_blocks):
+    if strategy.total_stages > max(1, workload.num_blocks):
         raise ConfigError(
-            f"a model of {workload.num_blocks} blocks cannot be cut into {strategy.num_stages} stages",
+            f"a model of {workload.num_blocks} blocks cannot be cut into {strategy.total_stages} stages",
             why="a stage holds at least one block",
-            remedy=f"choose num_stages up to {max(1, workload.num_blocks)}",
+            remedy=f"choose num_stages × virtual_stages up to {max(1, workload.num_blocks)}",
         )
     stages = find_cuts(workload, strategy, limit_bytes=UNLIMITED_BYTES)
     assert not isinstance(stages, Shortfall)
@@ -56,10 +56,10 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
 
 def check_strategy(workload: Workload, strategy: Strategy) -> None:
     """Raise ConfigError for a strategy that is not one of this workload's."""
-    if strategy.tensor_parallel != 1 or strategy.sequence_parallel or strategy.virtual_stages != 1:
+    if strategy.tensor_parallel != 1 or strategy.sequence_parallel:
         raise ConfigError(
             f"the strategy ({strategy.summary()}) cannot be priced yet",
-            why="tensor_parallel, sequence_parallel and virtual_stages are not emitted",
+            why="tensor_parallel and sequence_parallel are not emitted",
             remedy="leave them at their defaults",
         )
     have = {"devices": workload.flavor.num_devices, "rows a step": workload.batch_size}
@@ -78,9 +78,9 @@ def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ..
     bounds = [(plan.first_segment, plan.last_segment) for plan in strategy.stages]
     expected = [0, *(last + 1 for _, last in bounds)]
     whole = [first for first, _ in bounds] == expected[:-1] and expected[-1] == len(workload.segment_classes)
-    if not whole or any(first > last for first, last in bounds) or len(bounds) != strategy.num_stages:
+    if not whole or any(first > last for first, last in bounds) or len(bounds) != strategy.total_stages:
         raise ConfigError(
-            f"the stages {bounds} are not a cut of the model into {strategy.num_stages}",
+            f"the stages {bounds} are not a cut of the model into {strategy.total_stages}",
             why=f"stages are runs of segments that follow each other from 0 to {len(workload.segment_classes) - 1}",
             remedy="leave stages out: the search cuts the model itself",
         )
@@ -93,21 +93,21 @@ def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ..
                 why="a stage takes one level for all of its blocks, or one for each",
                 remedy="give as many as there are blocks; embedding and head are never recomputed",
             )
-    needed = [sum(stage_memory(workload, strategy, stage=i).values()) for i in range(strategy.num_stages)]
+    needed = [sum(rank_memory(workload, strategy, rank=rank).values()) for rank in range(strategy.num_stages)]
     excess_bytes = max(needed) - capacity_bytes(workload)
     if excess_bytes <= 0:
         return strategy.stages
-    return Shortfall(stage=needed.index(max(needed)), stages=strategy.stages, excess_bytes=excess_bytes)
+    return Shortfall(rank=needed.index(max(needed)), stages=strategy.stages, excess_bytes=excess_bytes)
 
 
 def _memory_rejection(workload: Workload, strategy: Strategy, shortfall: Shortfall) -> Rejection:
-    plan = shortfall.stages[shortfall.stage]
     cut = strategy.model_copy(update={"stages": shortfall.stages})
-    parts = stage_memory(workload, cut, stage=shortfall.stage)
+    parts = rank_memory(workload, cut, rank=shortfall.rank)
     assert sum(parts.values()) == capacity_bytes(workload) + shortfall.excess_bytes
     largest = sorted(parts, key=lambda part: -parts[part])[:3]
+    held = ", ".join(f"{plan.first_segment} to {plan.last_segment}" for plan in cut.stages_of(shortfall.rank))
     reason = (
-        f"stage {shortfall.stage} of {strategy.num_stages} (segments {plan.first_segment} to {plan.last_segment}) "
+        f"stage {shortfall.rank} of {strategy.num_stages} (segments {held}) "
         f"needs {sum(parts.values()) / GIB:.2f} of {capacity_bytes(workload) / GIB:.2f} GiB per device in the best cut"
         ": " + ", ".join(f"{part} {parts[part] / GIB:.2f}" for part in largest)
     )
@@ -119,17 +119,15 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
     assert strategy.stages is not None, "only compiled strategies have a price"
     seconds = [stage_seconds(workload, strategy, plan) for plan in strategy.stages]
     step = run_step(workload, strategy, seconds)
-    stage, timeline, ties = seconds[step.critical], step.timeline, step.ties
+    rank, timeline, ties = step.ranks[step.critical], step.timeline, step.ties
     breakdown = Breakdown(
-        compute=strategy.num_micro_batches * (stage.forward_s + stage.backward_s),
-        recompute=strategy.num_micro_batches * stage.recompute_s,
+        compute=strategy.num_micro_batches * (rank.forward_s + rank.backward_s),
+        recompute=strategy.num_micro_batches * rank.recompute_s,
         tp_comm=0.0,
-        dp_comm=strategy.num_micro_batches * (stage.forward_comm_s + stage.backward_comm_s)
-        + stage.start_s
-        + stage.reduce_s,
+        dp_comm=strategy.num_micro_batches * rank.comm_s + rank.start_s + rank.reduce_s,
         pp_comm=timeline.transfer_s[step.critical] + ties.tie_s[step.critical],
         bubble=timeline.idle_s[step.critical] - timeline.transfer_s[step.critical] + ties.wait_s[step.critical],
-        optimizer=stage.optimizer_s,
+        optimizer=rank.optimizer_s,
         core_sharing=step.core_sharing_s,
     )
     return Estimate(
@@ -137,7 +135,7 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
         tokens_per_second=workload.batch_size * workload.seq_len / step.step_time_s if step.step_time_s > 0 else 0.0,
         mfu=_mfu(workload, strategy, step.step_time_s),
         breakdown_s=breakdown,
-        stages=tuple(_stage_estimate(workload, strategy, i, stage) for i, stage in enumerate(seconds)),
+        stages=tuple(_stage_estimate(workload, strategy, i, rank) for i, rank in enumerate(step.ranks)),
     )
 
 
@@ -149,15 +147,14 @@ def _mfu(workload: Workload, strategy: Strategy, step_time_s: float) -> float:
     return flops / (peak * step_time_s) if peak * step_time_s > 0 else 0.0
 
 
-def _stage_estimate(workload: Workload, strategy: Strategy, index: int, stage: StageSeconds) -> StageEstimate:
-    assert strategy.stages is not None
-    plan = strategy.stages[index]
-    parameters = workload.stage_parameters(plan.first_segment, plan.last_segment)
-    parts = stage_memory(workload, strategy, stage=index)
+def _stage_estimate(workload: Workload, strategy: Strategy, rank: int, seconds: StageSeconds) -> StageEstimate:
+    """Of all stages of one pipeline rank."""
+    counts = segment_parameters(workload, *strategy.stages_of(rank))
+    parts = rank_memory(workload, strategy, rank=rank)
     return StageEstimate(
-        forward_s=stage.forward_s,
-        backward_s=stage.backward_s + stage.recompute_s,
-        parameters=parameters.trainable + parameters.frozen,
+        forward_s=seconds.forward_s,
+        backward_s=seconds.backward_s + seconds.recompute_s,
+        parameters=sum(count.trainable + count.frozen for count in counts),
         peak_memory_bytes=sum(parts.values()),
         memory_parts_bytes=parts,
     )

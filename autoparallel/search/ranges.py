@@ -1,6 +1,6 @@
 """Every run of segments that could be a stage, at once: a workload and a strategy in, arrays [first, last] out.
 
-The same formulas as `stage_times.stage_seconds` and `cost.memory.stage_memory`, as prefix sums and running maxima; a
+The same formulas as `stage_times.stage_seconds` and `cost.memory.rank_memory`, as prefix sums and running maxima; a
 test holds them equal for every range. Times are whole picoseconds, so that equal stages compare equal. Entries with
 first > last mean nothing.
 """
@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import num_in_flight
+from autoparallel.cost.memory import peaks
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Recomputation, Strategy
 from autoparallel.search.stage_times import Overheads
@@ -99,14 +99,14 @@ class Ranges:
         return np.array([_ps(time_s) for time_s in times], dtype=np.int64)
 
     def memory_bytes(self, stage: int) -> Array:
-        """Peak bytes per device, were the range this stage."""
-        in_flight, entering = num_in_flight(self.strategy, stage), self._input_bytes
-        memory = self._fixed_bytes + in_flight * self._kept_bytes
-        if stage > 0:
-            memory = memory + entering[:-1, None]
-        if stage < self.strategy.num_stages - 1:
-            memory = memory + (in_flight + 1) * entering[None, 1:]
-        return memory
+        """Peak bytes per device, were the range this stage; other stages of its rank come on top."""
+        virtual, rank = divmod(stage, self.strategy.num_stages)
+        leaving = self._input_bytes[None, 1:] if stage < self.strategy.total_stages - 1 else np.int64(0)
+        entering = self._input_bytes[:-1, None] if stage > 0 else np.int64(0)
+        forwarded_bytes = self._kept_bytes + leaving
+        held = {(moment.forwarded[virtual], moment.half_done[virtual]) for moment in peaks(self.strategy)[rank]}
+        peak: Array = np.maximum.reduce([f * forwarded_bytes + h * self._deferred_bytes for f, h in sorted(held)])
+        return self._fixed_bytes + peak + entering + leaving
 
     @cached_property
     def _input_bytes(self) -> Array:
@@ -118,6 +118,11 @@ class Ranges:
         """Activations of one micro-batch."""
         kept = [cost.kept_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         return _running_sums(np.array(kept, dtype=np.int64) + self._input_bytes[:-1])
+
+    @cached_property
+    def _deferred_bytes(self) -> Array:
+        """What one micro-batch keeps between the halves of a split backward."""
+        return _running_sums(np.array([cost.deferred_bytes for cost in self.costs], dtype=np.int64))
 
     @cached_property
     def _fixed_bytes(self) -> Array:

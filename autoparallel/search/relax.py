@@ -1,11 +1,12 @@
 """Stages at a strategy's highest recomputation level in, the same stages with the least recompute time that fits out.
 
-With `f` micro-batches in flight, a block at level `l` holds `f · kept(l)` bytes, and its stage one transient, the
-largest of its segments' `transient(l)`. Blocks of equal cost are interchangeable, so it is enough to choose how many of
-each kind have which level. Every bound on the transient is tried; under it all counts of a kind are listed, those stay
-than which nothing smaller is as fast, and kinds are combined one after the other. This is exact for stages with one
-kind of block, and with several as long as no list outgrows `MAX_CHOICES`; longer lists are thinned evenly, which always
-fits and may miss the optimum by a step of the list.
+With `f` micro-batches in flight, a block at level `l` holds `f · kept(l)` bytes, and its rank one transient, the
+largest of its segments' `transient(l)`; both must fit at every moment that may be the rank's peak. Blocks of equal cost
+are interchangeable, so it is enough to choose how many of each kind have which level. Every bound on the transient is
+tried; under it all counts of a kind are listed, those stay than which nothing smaller is as fast, and kinds are
+combined one after the other. This is exact for stages with one kind of block, and with several as long as no list
+outgrows `MAX_CHOICES`; longer lists are thinned evenly, which always fits and may miss the optimum by a step of the
+list. A rank with several stages relaxes one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import capacity_bytes, num_in_flight, stage_memory
+from autoparallel.cost.memory import capacity_bytes, in_flight_bytes, rank_memory
 from autoparallel.cost.workload import SegmentCost, Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Recomputation, StagePlan, Strategy
 from autoparallel.search.ranges import PICO
@@ -58,44 +59,78 @@ class Front(NamedTuple):
     """[choice, option], the options of one kind after those of the other."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the blocks of one stage may hold."""
+
+    moments: tuple[tuple[int, int], ...]
+    """Micro-batches in flight, and what the blocks may keep for them beside the transient; one entry a moment."""
+    ends_bytes: int
+    """The part of the transient that is no block's of this stage."""
+
+    def kept_bytes(self, transient_bytes: int) -> int:
+        """What they may keep of one micro-batch, given the largest transient."""
+        return min((size_bytes - transient_bytes) // in_flight for in_flight, size_bytes in self.moments)
+
+
 @dataclass
 class Relaxation:
     """Gives blocks back to cheaper levels, as far as one strategy allows and its stages fit."""
 
     workload: Workload
     strategy: Strategy
-    _found: dict[tuple[int, StagePlan], StagePlan] = field(default_factory=dict)
+    _found: dict[tuple[int, tuple[StagePlan, ...]], tuple[StagePlan, ...]] = field(default_factory=dict)
 
     def stages(self, plans: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
-        """`plans` are at the strategy's level; a stage that does not fit stays there."""
+        """`plans` are at the strategy's level; a rank that does not fit stays there."""
         if self.strategy.least_recomputation is None:
             return plans
-        cut = self.strategy.model_copy(update={"stages": plans})
-        return tuple(self._stage(cut, stage, plan) for stage, plan in enumerate(plans))
+        by_rank = [
+            self._rank(plans, rank, plans[rank :: self.strategy.num_stages]) for rank in range(self.strategy.num_stages)
+        ]
+        return tuple(stage for stages in zip(*by_rank, strict=True) for stage in stages)
 
-    def _stage(self, cut: Strategy, stage: int, plan: StagePlan) -> StagePlan:
-        if (stage, plan) not in self._found:
-            spare_bytes = capacity_bytes(self.workload) - sum(stage_memory(self.workload, cut, stage=stage).values())
-            fits = spare_bytes >= 0 and len(plan.blocks(len(self.workload.segment_classes))) > 0
-            self._found[stage, plan] = self._relaxed(stage, plan, spare_bytes) if fits else plan
-        return self._found[stage, plan]
+    def _rank(self, plans: tuple[StagePlan, ...], rank: int, mine: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
+        if (rank, mine) not in self._found:
+            cut = self.strategy.model_copy(update={"stages": plans})
+            for virtual in range(len(mine)):
+                stages = list(cut.stages or ())
+                index = virtual * cut.num_stages + rank
+                stages[index] = self._relaxed(stages[index], self._limits(cut, rank, virtual))
+                cut = cut.model_copy(update={"stages": tuple(stages)})
+            self._found[rank, mine] = cut.stages_of(rank)
+        return self._found[rank, mine]
 
-    def _relaxed(self, stage: int, plan: StagePlan, spare_bytes: int) -> StagePlan:
-        blocks = plan.blocks(len(self.workload.segment_classes))
-        kinds = [self._kinds[block] for block in blocks]
-        ends = {plan.first_segment, plan.last_segment}.difference(blocks)
-        ends_bytes = max((self._kinds[segment][0].transient_bytes for segment in ends), default=0)
-        # What the stage's blocks take now, and what it leaves free, is theirs to spend.
-        transient_bytes = max(ends_bytes, *(kind[0].transient_bytes for kind in kinds))
-        in_flight = num_in_flight(self.strategy, stage)
-        kept_bytes = in_flight * sum(kind[0].kept_bytes for kind in kinds)
-        counted = Counter(kinds)
-        choice = cheapest(
-            tuple(counted.items()),
-            in_flight=in_flight,
-            budget_bytes=kept_bytes + transient_bytes + spare_bytes,
-            ends_bytes=ends_bytes,
+    def _limits(self, cut: Strategy, rank: int, virtual: int) -> Limits:
+        memory, moments = rank_memory(self.workload, cut, rank=rank), in_flight_bytes(self.workload, cut, rank)
+        peak = max(size_bytes for _, size_bytes in moments)
+        others = sum(memory.values()) - memory["workspace"] - peak
+        available_bytes = capacity_bytes(self.workload) - others
+        plan, num_segments = cut.stages_of(rank)[virtual], len(self.workload.segment_classes)
+        blocks = plan.blocks(num_segments)
+        kept_bytes = sum(self._kinds[block][0].kept_bytes for block in blocks)
+        rest = [s for p in cut.stages_of(rank) for s in range(p.first_segment, p.last_segment + 1) if s not in blocks]
+        return Limits(
+            moments=tuple(
+                (moment.forwarded[virtual], available_bytes - size_bytes + moment.forwarded[virtual] * kept_bytes)
+                for moment, size_bytes in moments
+                if moment.forwarded[virtual]
+            ),
+            ends_bytes=max((self._transient_bytes(cut, segment) for segment in rest), default=0),
         )
+
+    def _transient_bytes(self, cut: Strategy, segment: int) -> int:
+        """Of a segment at the level that it has by now."""
+        plan = next(p for p in cut.stages or () if p.first_segment <= segment <= p.last_segment)
+        level = plan.recomputation_of(segment, num_segments=len(self.workload.segment_classes))
+        return next(option.transient_bytes for option in self._kinds[segment] if option.level == level)
+
+    def _relaxed(self, plan: StagePlan, limits: Limits) -> StagePlan:
+        kinds = [self._kinds[block] for block in plan.blocks(len(self.workload.segment_classes))]
+        counted = Counter(kinds)
+        choice = cheapest(tuple(counted.items()), limits) if kinds else None
+        if choice is None:
+            return plan
         # Backward begins at the stage's end: blocks that rebuild most come first, when others have given up theirs.
         remaining = {kind: iter(levels) for kind, levels in zip(counted, choice.levels, strict=True)}
         return StagePlan(
@@ -125,18 +160,12 @@ def _kind(cost: SegmentCost, levels: tuple[Recomputation, ...]) -> Kind:
     )
 
 
-def cheapest(kinds: tuple[tuple[Kind, int], ...], *, in_flight: int, budget_bytes: int, ends_bytes: int) -> Choice:
-    """The fastest levels for the given numbers of blocks; of equals the smallest. All at their first option must fit.
-
-    `budget_bytes` holds what blocks keep for all micro-batches in flight and the stage's largest transient, of which
-    `ends_bytes` is the part that is no block's.
-    """
+def cheapest(kinds: tuple[tuple[Kind, int], ...], limits: Limits) -> Choice | None:
+    """The fastest levels for the given numbers of blocks, of equals the smallest; None where nothing fits."""
     transients = {option.transient_bytes for kind, _ in kinds for option in kind}
-    bounds = sorted({max(ends_bytes, transient_bytes) for transient_bytes in transients})
-    found = [
-        _within(kinds, transient_bytes, (budget_bytes - transient_bytes) // in_flight) for transient_bytes in bounds
-    ]
-    return min((choice for choice in found if choice is not None), key=lambda choice: choice[:2])
+    bounds = sorted({max(limits.ends_bytes, transient_bytes) for transient_bytes in transients})
+    found = [_within(kinds, transient_bytes, limits.kept_bytes(transient_bytes)) for transient_bytes in bounds]
+    return min((choice for choice in found if choice is not None), key=lambda choice: choice[:2], default=None)
 
 
 def _within(kinds: tuple[tuple[Kind, int], ...], transient_bytes: int, kept_bytes: int) -> Choice | None:

@@ -119,7 +119,7 @@ def first_fit(workload: Workload, constraints: Constraints) -> Strategy | None:
         return None
     leanest: dict[tuple[int, int], Strategy] = {}
     for strategy in sorted(strategies, key=_appetite):
-        if strategy.batch_per_device in workload.costs and strategy.num_stages <= max(1, workload.num_blocks):
+        if strategy.batch_per_device in workload.costs and strategy.total_stages <= max(1, workload.num_blocks):
             leanest.setdefault((strategy.num_stages, strategy.distribute_param), strategy)
     for strategy in leanest.values():
         if not isinstance(find_cuts(workload, strategy), Shortfall):

@@ -6,7 +6,7 @@ Sharding communicates segment by segment, as the runtime gathers and reduces (FS
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -99,14 +99,17 @@ class Overheads:
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """One stage on one device. The first five are of one micro-batch, the others of a step."""
+    """One stage on one device, or all stages of one. The first seven are of one micro-batch, the others of a step."""
 
     forward_s: float
     backward_s: float
     """Without recomputation."""
+    weight_gradient_s: float
+    """The part of it that a schedule with a split backward makes later."""
     recompute_s: float
     forward_comm_s: float
-    backward_comm_s: float
+    backward_gather_s: float
+    backward_reduce_s: float
     start_s: float
     """Gathering parameters before the first micro-batch."""
     reduce_s: float
@@ -114,12 +117,27 @@ class StageSeconds:
     optimizer_s: float
 
     @property
+    def comm_s(self) -> float:
+        return self.forward_comm_s + self.backward_gather_s + self.backward_reduce_s
+
+    @property
     def forward_action_s(self) -> float:
         return self.forward_s + self.forward_comm_s
 
     @property
     def backward_action_s(self) -> float:
-        return self.backward_s + self.recompute_s + self.backward_comm_s
+        return self.input_gradient_action_s + self.weight_gradient_action_s
+
+    @property
+    def input_gradient_action_s(self) -> float:
+        return self.backward_s - self.weight_gradient_s + self.recompute_s + self.backward_gather_s
+
+    @property
+    def weight_gradient_action_s(self) -> float:
+        return self.weight_gradient_s + self.backward_reduce_s
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> StageSeconds:
@@ -138,9 +156,11 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     return StageSeconds(
         forward_s=sum(cost.forward_s for cost in costs),
         backward_s=sum(cost.backward_s for cost in costs),
+        weight_gradient_s=sum(cost.weight_gradient_s for cost in costs),
         recompute_s=sum(again),
         forward_comm_s=sharding.forward_gathers * gather_s,
-        backward_comm_s=sharding.backward_gathers * gather_s + sharding.backward_reduces * reduce_s,
+        backward_gather_s=sharding.backward_gathers * gather_s,
+        backward_reduce_s=sharding.backward_reduces * reduce_s,
         start_s=sharding.gathers_per_step * gather_s,
         reduce_s=sharding.reduces_per_step * reduce_s + overheads.all_reduce_s(trainable),
         optimizer_s=overheads.optimizer_s(trainable),

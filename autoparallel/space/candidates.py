@@ -14,6 +14,7 @@ from typing import Literal
 
 from autoparallel.errors import ConfigError
 from autoparallel.plans.strategy import Constraints, Recomputation, ScheduleName, Strategy
+from autoparallel.schedule.actions import runs_as_named
 
 Level = Literal[0, 1, 2, 3]
 UNSHARDED: tuple[Level, ...] = (0,)
@@ -26,7 +27,9 @@ class Emitted:
     """What the emitter can run; nothing else is enumerated."""
 
     recomputations: tuple[Recomputation, ...] = ("none", "selective", "full")
-    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe", "interleaved", "zero_bubble")
+    virtual_stages: tuple[int, ...] = (2, 3, 4)
+    """Of interleaved; more of them cut ever smaller stages for ever smaller gains."""
 
 
 EMITTED = Emitted()
@@ -44,24 +47,30 @@ def enumerate_strategies(
     counts = _stage_counts(num_devices, constraints)
     usable = [stages for stages in counts if stages <= max(1, num_blocks)]
     strategies = [
-        s for stages in usable for s in _of_stage_count(stages, num_devices // stages, batch_size, constraints)
+        s
+        for stages in usable
+        for s in _of_stage_count(stages, num_devices // stages, batch_size, num_blocks, constraints)
     ]
     if not strategies:
         raise _no_layout(num_devices, batch_size, num_blocks, usable, constraints)
     too_many = [stages for stages in counts if stages not in usable]
     return strategies + [
-        s for stages in too_many for s in _of_stage_count(stages, num_devices // stages, batch_size, constraints)[:1]
+        s
+        for stages in too_many
+        for s in _of_stage_count(stages, num_devices // stages, batch_size, num_blocks, constraints)[:1]
     ]
 
 
-def _of_stage_count(num_stages: int, data_parallel: int, batch_size: int, constraints: Constraints) -> list[Strategy]:
+def _of_stage_count(
+    num_stages: int, data_parallel: int, batch_size: int, num_blocks: int, constraints: Constraints
+) -> list[Strategy]:
     """Each distinct program once, under its first name."""
     programs: dict[tuple[object, ...], Strategy] = {}
     for batch_per_device, num_micro_batches in _micro_batches(batch_size, data_parallel, constraints):
-        for (recomputation, least), level, schedule in product(
+        for (recomputation, least), level, (schedule, virtual_stages) in product(
             _recomputations(constraints),
             _levels(constraints) if data_parallel > 1 else UNSHARDED,
-            _schedules(num_stages, num_micro_batches, constraints),
+            _schedules(num_stages, num_micro_batches, num_blocks, constraints),
         ):
             # A single micro-batch reduces its gradients once, at level 1 as at level 2.
             program_level = 1 if level == 2 and num_micro_batches == 1 else level
@@ -74,8 +83,9 @@ def _of_stage_count(num_stages: int, data_parallel: int, batch_size: int, constr
                 least_recomputation=least,
                 distribute_param=level,
                 schedule=schedule,
+                virtual_stages=virtual_stages,
             )
-            programs.setdefault((batch_per_device, recomputation, program_level, schedule), strategy)
+            programs.setdefault((batch_per_device, recomputation, program_level, schedule, virtual_stages), strategy)
     return list(programs.values())
 
 
@@ -149,15 +159,30 @@ def _levels(constraints: Constraints) -> tuple[Level, ...]:
     return (wanted,)
 
 
-def _schedules(num_stages: int, num_micro_batches: int, constraints: Constraints) -> list[ScheduleName]:
-    """With one stage or one micro-batch all schedules are one program, which goes by the name of 1f1b.
+def _schedules(
+    num_stages: int, num_micro_batches: int, num_blocks: int, constraints: Constraints
+) -> list[tuple[ScheduleName, int]]:
+    """(name, virtual stages) of every distinct program, with every recomputation and level: tests prove each of them.
 
-    1F1B needs a micro-batch for every stage; with fewer the runtime falls back on GPipe, so that is what is listed.
+    With one stage or one micro-batch nothing is to be scheduled, which goes by the name of 1f1b.
     """
     if num_stages == 1 or num_micro_batches == 1:
-        return ["1f1b"]
-    able = [name for name in EMITTED.schedules if name == "gpipe" or num_micro_batches >= num_stages]
-    return [name for name in able if constraints.schedule in ("auto", name)]
+        return [("1f1b", 1)]
+    return [
+        (name, virtual_stages)
+        for name in EMITTED.schedules
+        if constraints.schedule in ("auto", name) and runs_as_named(name, num_stages, num_micro_batches)
+        for virtual_stages in (_virtual_stages(num_stages, num_blocks) if name == "interleaved" else (1,))
+    ]
+
+
+def _virtual_stages(num_stages: int, num_blocks: int) -> list[int]:
+    """As many as there are blocks for; an odd number only where it cuts them evenly."""
+    return [
+        v
+        for v in EMITTED.virtual_stages
+        if num_stages * v <= num_blocks and (v % 2 == 0 or num_blocks % (num_stages * v) == 0)
+    ]
 
 
 def _check_emitted(constraints: Constraints) -> None:
@@ -185,7 +210,8 @@ def _no_layout(
     if not stage_counts or fitting:
         return ConfigError(
             f"the constraints leave no way to train a batch of {batch_size} on {num_devices} devices",
-            why=f"{num_blocks} blocks allow at most {num_blocks} stages, and 1f1b needs a micro-batch for every stage",
+            why=f"{num_blocks} blocks allow at most {num_blocks} stages, and interleaved needs two of them a rank and "
+            "num_micro_batches that num_stages divides",
             remedy='leave num_stages, data_parallel, num_micro_batches or schedule at "auto"',
         )
     near = (

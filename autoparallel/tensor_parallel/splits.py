@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -121,7 +121,7 @@ class TensorParallel:
         """What a rank receives where a stage begins with `segment`, with local shapes."""
         return self.lowered(graph, segment).entering
 
-    def shared_parameters(self, graph: Graph, segments: range) -> frozenset[str]:
+    def shared_parameters(self, graph: Graph, segments: Iterable[int]) -> frozenset[str]:
         """Parameters of these segments whose gradients are sums over the group, taken once a step."""
         return frozenset(name for segment in segments for name in self.lowered(graph, segment).shared_parameters)
 
