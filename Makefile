@@ -24,10 +24,13 @@ demo: install ## fine-tune SmolLM2-135M on four processes, then the same script 
 	AUTOPARALLEL_FLAVOR=cpu:2 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu2
 
 test: install ## the fast tier of tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
 
 test-all: install ## every proof, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+exhaustive: install ## every plan that the planner may offer, on up to eight ranks: hours
+	$(BIN)/python -m pytest -m exhaustive
 
 check: install ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -41,4 +44,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all check format wheel
+.PHONY: help install demo test test-all exhaustive check format wheel

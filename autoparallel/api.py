@@ -136,7 +136,11 @@ def estimate(
             remedy="devices = num_stages × tensor_parallel × data_parallel; "
             "rows = data_parallel × batch_per_device × num_micro_batches",
         )
-    constraints = Constraints(memory_ratio=memory_ratio, batch_per_device=strategy.batch_per_device)
+    constraints = Constraints(
+        memory_ratio=memory_ratio,
+        batch_per_device=strategy.batch_per_device,
+        tensor_parallel=strategy.tensor_parallel,
+    )
     workload = _workload(
         _capture(model, resolved, dtype),
         resolved,
@@ -157,8 +161,9 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
     """
     from autoparallel.capture.program import capture
     from autoparallel.emit.deferred import defer_weight_gradients
-    from autoparallel.emit.stage import emit_stage, state_tensors
+    from autoparallel.emit.stage import Member, emit_stage, local_tensors
     from autoparallel.schedule.actions import splits_backward
+    from autoparallel.tensor_parallel.splits import TensorParallel
 
     captured = capture(model, dtype=_torch_dtype(plan.dtype))
     plan.check_matches(fingerprint=captured.graph.fingerprint)
@@ -168,10 +173,11 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
         raise ConfigError(
             f"virtual stage {virtual_stage} does not exist", why=f"a rank has {plan.strategy.virtual_stages}"
         )
-    tensors = state_tensors(captured.exported.twin, captured)
     ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
     stages = plan.strategy.stages_of(rank // ranks_per_stage)
-    module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name])
+    member = Member(TensorParallel.of_strategy(plan.strategy), rank % plan.strategy.tensor_parallel)
+    tensors = local_tensors(captured, member)
+    module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name], member=member)
     if splits_backward(plan.strategy.schedule, plan.strategy.num_stages):
         defer_weight_gradients(module)
     return module
@@ -282,14 +288,17 @@ def _workload(
     micro_batch_sizes: list[int] | None = None,
 ) -> Workload:
     from autoparallel.cost.segments import build_workload, precision
-    from autoparallel.space.candidates import enumerate_strategies
+    from autoparallel.space.candidates import enumerate_strategies, tensor_degrees
 
+    degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
     if micro_batch_sizes is None:
         strategies = enumerate_strategies(
             num_devices=flavor.num_devices,
             batch_size=batch_size,
             num_blocks=program.graph.num_segments - 2,
             constraints=constraints,
+            tensor_degrees=degrees,
+            seq_len=seq_len,
         )
         micro_batch_sizes = [strategy.batch_per_device for strategy in strategies]
     return build_workload(
@@ -301,6 +310,7 @@ def _workload(
         micro_batch_sizes=micro_batch_sizes,
         memory_ratio=constraints.memory_ratio,
         precision=precision(flavor, dtype=dtype, model_dtype=model_dtype),
+        tensor_degrees=[degree for degree in degrees if degree > 1],
     )
 
 

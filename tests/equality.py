@@ -97,12 +97,17 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_strategies(
-    family: str, strategies: list[Strategy], num_blocks: int = 4, steps: int = 3, clip: float = 0.5
+    family: str,
+    strategies: list[Strategy],
+    num_blocks: int = 4,
+    changes: dict[str, Any] | None = None,
+    steps: int = 3,
+    clip: float = 0.5,
 ) -> list[tuple[str, float]]:
-    """Run on every rank: each strategy's name and its worst difference to one device."""
+    """Run on every rank: each strategy's name and its worst difference to one device; `changes` are to the config."""
     results = []
     with lifted():
-        model = make_model(family, num_hidden_layers=num_blocks)
+        model = make_model(family, num_hidden_layers=num_blocks, **(changes or {}))
         program = capture(model)
         references: dict[int, Reference] = {}
         for strategy in strategies:

@@ -9,6 +9,8 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.estimate import Breakdown, Estimate, StageEstimate
 from autoparallel.plans.plan import ModelSummary, Plan
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Recomputation, StagePlan, Strategy
+from autoparallel.tensor_parallel.analysis import analyze
+from autoparallel.tensor_parallel.splits import legal_splits
 
 
 def even_stages(num_segments: int, strategy: Strategy) -> Strategy:
@@ -37,9 +39,36 @@ def allowed_levels(strategy: Strategy) -> list[Recomputation]:
     return [level for level, rank in reversed(RECOMPUTATION_LEVELS.items()) if rank in allowed]
 
 
+def all_splits(program: Program, degree: int, *, sequence_parallel: bool) -> list[tuple[tuple[str, ...], ...]]:
+    """Splits by segment class, such that every legal split of every class is in one of them; the widest come first."""
+    graph = program.graph
+    options = [
+        [
+            split
+            for split, _ in legal_splits(
+                graph, segment, analyze(graph, segment), degree=degree, sequence_parallel=sequence_parallel
+            )
+        ][::-1]
+        for _, segment in sorted(graph.representatives().items())
+    ]
+    rows = [tuple(found[turn % len(found)] for found in options) for turn in range(max(map(len, options)))]
+    # Segments that share a parameter split it alike: the last one follows the first.
+    tied = any(len(p.segments) > 1 for p in graph.parameters)
+    return [(*row[:-1], tuple(n for n in options[-1][0] if n in row[0])) for row in rows] if tied else rows
+
+
+def with_splits(program: Program, strategy: Strategy) -> Strategy:
+    """The strategy under the split that shards most, unless it names one."""
+    if strategy.tensor_parallel == 1 or strategy.splits is not None:
+        return strategy
+    splits = all_splits(program, strategy.tensor_parallel, sequence_parallel=strategy.sequence_parallel)
+    return strategy.model_copy(update={"splits": splits[0]})
+
+
 def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
     """A plan with no prices worth reading."""
     graph = program.graph
+    strategy = with_splits(program, strategy)
     strategy = strategy if strategy.stages else even_stages(graph.num_segments, strategy)
     nothing = StageEstimate(forward_s=0.0, backward_s=0.0, parameters=0, peak_memory_bytes=0, memory_parts_bytes={})
     parts = dict.fromkeys(Breakdown.model_fields, 0.0)

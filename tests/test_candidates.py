@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autoparallel.errors import ConfigError
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
-from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
+from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies, tensor_degrees
 
 
 def strategies(devices: int = 4, batch: int = 8, blocks: int = 6, **constraints: Any) -> list[Strategy]:
@@ -128,11 +128,10 @@ def test_level_2_stays_available_with_one_micro_batch_when_it_is_the_only_one() 
         ({"devices": 4, "batch": 6, "num_stages": 1}, ["6", "multiple of", "4, 8"]),
         ({"devices": 4, "batch": 6, "num_stages": 1, "batch_per_device": 3}, ["batch_per_device 3", "12"]),
         ({"devices": 2, "batch": 9, "batch_per_device": 2, "num_micro_batches": 2}, ["must equal", "work: 8"]),
-        ({"devices": 8, "data_parallel": 3}, ["8 devices do not divide", "1, 2, 4, 8"]),
+        ({"devices": 8, "data_parallel": 3}, ["do not divide into 3", "1, 2, 4, 8"]),
         ({"devices": 8, "data_parallel": 2, "num_stages": 2}, ["8 devices / 2 = 4 stages"]),
         ({"devices": 8, "data_parallel": 1, "blocks": 6}, ["6 blocks"]),
-        ({"tensor_parallel": 2}, ["not emitted yet"]),
-        ({"sequence_parallel": True}, ["not emitted yet"]),
+        ({"sequence_parallel": True}, ["degree above 1"]),
     ],
 )
 def test_what_cannot_be_is_said_with_the_arithmetic(arguments: dict[str, Any], words: list[str]) -> None:
@@ -153,3 +152,30 @@ def test_the_remedy_works(devices: int, batch: int) -> None:
         sizes = [int(size) for size in error.remedy.split(": ")[1].split(", ")]
         assert sizes
         assert all(strategies(devices, size, blocks=1) for size in sizes)
+
+
+def test_tensor_parallel_degrees_tile_a_host() -> None:
+    assert tensor_degrees(32, 8, Constraints()) == [1, 2, 4, 8]
+    assert tensor_degrees(12, 6, Constraints()) == [1, 2, 3, 6]
+    assert tensor_degrees(12, 6, Constraints(tensor_parallel=4)) == [4]
+    with pytest.raises(ConfigError, match="groups of 5"):
+        tensor_degrees(12, 6, Constraints(tensor_parallel=5))
+
+
+def test_tensor_and_sequence_parallelism_are_listed_where_they_can_be() -> None:
+    def layouts(seq_len: int, **constraints: Any) -> set[tuple[int, int, int, bool]]:
+        found = enumerate_strategies(
+            num_devices=4,
+            batch_size=8,
+            num_blocks=4,
+            constraints=Constraints(**constraints),
+            tensor_degrees=[1, 2, 4],
+            seq_len=seq_len,
+        )
+        return {(s.num_stages, s.tensor_parallel, s.data_parallel, s.sequence_parallel) for s in found}
+
+    assert all(a * b * c == 4 for a, b, c, _ in layouts(128))
+    assert {(tp, sp) for _, tp, _, sp in layouts(128)} == {(1, False), (2, False), (2, True), (4, False), (4, True)}
+    assert {(tp, sp) for _, tp, _, sp in layouts(126)} == {(1, False), (2, False), (2, True), (4, False)}
+    assert {(tp, sp) for _, tp, _, sp in layouts(128, sequence_parallel=True)} == {(2, True), (4, True)}
+    assert layouts(128, data_parallel=2) == {(2, 1, 2, False), (1, 2, 2, False), (1, 2, 2, True)}

@@ -5,19 +5,21 @@ optimizer made before the plan.
 
 from __future__ import annotations
 
-from itertools import product
+import random
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 
 from autoparallel.plans.strategy import Constraints, Strategy
-from autoparallel.space.candidates import EMITTED, enumerate_strategies
-from tests.equality import check_strategies
+from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
+from tests.equality import SEQ, check_strategies
 from tests.families import FAMILIES, UNSEEN
 from tests.ranks import run_ranks
 
 ROWS = 8
 TOLERANCE = 1e-9
+PROVED = [*FAMILIES, "qwen3", "phi3"]
 RECOMPUTATIONS = {"none", "selective", "full", "none to selective", "none to full"}
 
 
@@ -25,11 +27,47 @@ def offered(num_devices: int) -> list[Strategy]:
     """Recomputation at each single level, and mixed over the blocks of a stage."""
     strategies: dict[Strategy, None] = {}
     for recomputation in ("auto", "selective", "full"):
-        constraints = Constraints(activation_recomputation=recomputation)
-        found = enumerate_strategies(num_devices=num_devices, batch_size=ROWS, num_blocks=4, constraints=constraints)
+        found = enumerate_strategies(
+            num_devices=num_devices,
+            batch_size=ROWS,
+            num_blocks=4,
+            constraints=Constraints(activation_recomputation=recomputation),
+            tensor_degrees=divisors(num_devices),
+            seq_len=SEQ,
+        )
         strategies |= dict.fromkeys(found)
     assert {s.num_devices for s in strategies} == {num_devices}
     return [s for s in strategies if s.num_stages <= 4]
+
+
+def features(strategy: Strategy) -> dict[str, object]:
+    """What a strategy is made of, as far as it may matter for its numbers."""
+    s = strategy
+    return {
+        "stages": s.num_stages,
+        "tensor": (s.tensor_parallel, s.sequence_parallel),
+        "replicas": s.data_parallel,
+        "level": s.distribute_param,
+        "schedule": (s.schedule, s.virtual_stages) if s.num_stages > 1 else None,
+        "recomputation": s.recomputation_range,
+        "micro-batches": min(s.num_micro_batches, 2 * s.num_stages),
+    }
+
+
+def pairs(strategy: Strategy) -> set[tuple[tuple[str, object], ...]]:
+    return set(combinations(features(strategy).items(), 2))
+
+
+def covering(strategies: list[Strategy], seed: int) -> list[Strategy]:
+    """A few in which every pair of features that occurs at all occurs (greedy; who comes first is drawn by `seed`)."""
+    drawn = random.Random(seed).sample(strategies, len(strategies))
+    missing = set().union(*map(pairs, drawn))
+    chosen = []
+    while missing:
+        best = max(drawn, key=lambda s: len(pairs(s) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
 
 
 def prove(family: str, num_devices: int, strategies: list[Strategy], timeout: float, num_blocks: int = 4) -> None:
@@ -46,42 +84,54 @@ def test_the_offer_holds_every_kind_of_choice() -> None:
     assert {s.schedule for s in strategies} == set(EMITTED.schedules)
     kinds = {(s.schedule, s.recomputation_range, s.distribute_param) for s in strategies if s.num_stages == 2}
     assert kinds == set(product(EMITTED.schedules, RECOMPUTATIONS, range(4)))
+    tensor = {(s.tensor_parallel, s.sequence_parallel) for s in strategies}
+    assert tensor == {(1, False), (2, False), (2, True), (4, False), (4, True)}
+    assert {s.distribute_param for s in strategies if s.tensor_parallel == 2} == {0, 1, 2, 3}
+    assert {s.schedule for s in strategies if s.tensor_parallel == 2} == set(EMITTED.schedules)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_offered_plan(family: str, num_devices: int) -> None:
-    prove(family, num_devices, offered(num_devices), timeout=580)
+def test_a_covering_sample_covers() -> None:
+    strategies = offered(8)
+    chosen = covering(strategies, seed=0)
+    assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, strategies))
+    assert len(chosen) < len(strategies) / 8
 
 
-STRIDE = 27
 SAMPLED = [*FAMILIES, *UNSEEN]
 
 
-def sample(family: str) -> list[Strategy]:
-    """Two plans on four ranks; kinds of recomputation and layouts take turns over the families."""
-    chosen = []
-    for turn in range(2 * SAMPLED.index(family), 2 * SAMPLED.index(family) + 2):
-        recomputation = sorted(RECOMPUTATIONS)[turn % len(RECOMPUTATIONS)]
-        group = [s for s in offered(4) if s.recomputation_range == recomputation]
-        chosen.append(group[turn * STRIDE % len(group)])
-    return chosen
-
-
-def test_the_fast_sample_holds_every_kind_of_choice() -> None:
-    chosen = [strategy for family in FAMILIES for strategy in sample(family)]
-    recomputed = [s for s in chosen if s.recomputation != "none"]
-    assert {s.recomputation_range for s in chosen} == RECOMPUTATIONS
-    assert {s.num_stages for s in recomputed} == {1, 2, 4}
-    assert {s.schedule for s in recomputed if s.num_stages > 1} == {"gpipe", "1f1b"}
-    assert {s.distribute_param for s in recomputed} == {0, 1, 2, 3}
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in UNSEEN)])
-def test_a_covering_sample(family: str) -> None:
-    prove(family, 4, sample(family), timeout=120)
+def test_a_few_plans_on_four_ranks(family: str) -> None:
+    """Over the families, every pair of choices takes its turn."""
+    chosen = covering(offered(4), seed=0)
+    prove(family, 4, chosen[SAMPLED.index(family) :: len(SAMPLED)], timeout=180)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+@pytest.mark.parametrize("family", PROVED)
+def test_every_pair_of_choices(family: str, num_devices: int) -> None:
+    """A sample of the offered plans, another one for each family, in which all pairs of choices occur."""
+    prove(family, num_devices, covering(offered(num_devices), seed=SAMPLED.index(family)), timeout=880)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", PROVED)
+def test_plans_on_eight_ranks(family: str) -> None:
+    """Three axes at once."""
+    deep = [s for s in offered(8) if min(s.num_stages, s.tensor_parallel, s.data_parallel) > 1]
+    prove(family, 8, covering(deep, seed=SAMPLED.index(family))[:8], timeout=880)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(20_000)
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("family", PROVED)
+def test_every_offered_plan(family: str, num_devices: int) -> None:
+    """The full product: hours, so that `make exhaustive` runs it and CI does not."""
+    prove(family, num_devices, offered(num_devices), timeout=19_000)
 
 
 def piped(num_stages: int, num_micro_batches: int, **fields: Any) -> Strategy:

@@ -31,8 +31,6 @@ def _cost(saved: int, selective: int, entering: int, workspace: int, deferred: i
         deferred_bytes=deferred,
         input_bytes=entering,
         workspace_bytes=workspace,
-        forward_flops=1,
-        backward_flops=2,
     )
 
 
@@ -54,6 +52,7 @@ def _workload(*, tied: int = 0, frozen: int = 0, precision: Precision = MIXED) -
         costs={1: (_cost(5, 5, 3, 11, 4), _cost(70, 40, 10, 20, 55), _cost(30, 30, 10, 60, 25))},
         parameters=tuple(ParameterCount(trainable=count, frozen=frozen) for count in counts),
         shared=shared,
+        step_flops=1,
     )
 
 

@@ -135,7 +135,7 @@ def test_one_stage_is_arithmetic() -> None:
     assert estimate.breakdown_s.recompute == pytest.approx(8 * 4e-3), "neither embedding nor head is recomputed"
     assert estimate.step_time_s == pytest.approx(8 * (3 * forward_s + 4e-3))
     assert estimate.tokens_per_second == pytest.approx(8 * 128 / estimate.step_time_s)
-    assert estimate.mfu == pytest.approx(8 * 3 * forward_s * 1e13 / (312e12 * estimate.step_time_s))
+    assert estimate.mfu == pytest.approx(drawn.step_flops / (312e12 * estimate.step_time_s))
 
 
 def test_sharding_levels_pay_for_their_collectives() -> None:
@@ -216,7 +216,7 @@ def test_given_levels_are_priced_block_by_block() -> None:
     [
         ({"num_stages": 8, "data_parallel": 1}, "8 devices, not 2"),
         ({"num_micro_batches": 4}, "8 rows a step, not 16"),
-        ({"tensor_parallel": 2, "data_parallel": 1}, "cannot be priced yet"),
+        ({"tensor_parallel": 2, "data_parallel": 1, "num_micro_batches": 16}, "has no such split"),
     ],
 )
 def test_a_strategy_for_something_else_is_refused(changes: dict[str, Any], words: str) -> None:

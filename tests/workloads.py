@@ -57,8 +57,6 @@ def segment(*, forward_s: float, **changes: Any) -> SegmentCost:
         "deferred_bytes": 3_000_000,
         "input_bytes": 100_000,
         "workspace_bytes": 1_000_000,
-        "forward_flops": int(forward_s * 1e13),
-        "backward_flops": int(forward_s * 2e13),
     }
     return SegmentCost(**fields | changes)
 
@@ -99,6 +97,7 @@ def workload(
         costs={rows: tuple(scaled(cost, rows) for cost in costs) for rows in divisors(batch_size)},
         parameters=tuple(ParameterCount(trainable=count, frozen=frozen) for count in own),
         shared=(shared,) if tied else (),
+        step_flops=1_000_000_000_000,
     )
 
 

@@ -7,16 +7,39 @@ and writes, forward and backward each on their own. Views cost nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
 
+from autoparallel.cost.collectives import Topology
 from autoparallel.cost.compute import KernelKind, kernel_s, memory_s
+from autoparallel.cost.splitting import local_parameters, variants
 from autoparallel.cost.tables import CostTable
-from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
+from autoparallel.cost.workload import Precision, SegmentCost, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
-from autoparallel.ir.ops import ATTENTION, DEFERRABLE, Flops, attention_window, contracted_inputs, flops
+from autoparallel.ir.ops import (
+    ATTENTION,
+    CONVERSIONS,
+    DEFERRABLE,
+    VOCABULARY_CROSS_ENTROPY,
+    VOCABULARY_EMBEDDING,
+    CollectiveKind,
+    Flops,
+    attention_window,
+    contracted_inputs,
+    flops,
+)
+from autoparallel.tensor_parallel.lower import LoweredSegment
+from autoparallel.tensor_parallel.splits import TensorParallel
 
 # Lookups touch as many rows of their first operand as they return, not the whole table.
-LOOKUPS = {"aten.embedding.default", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default"}
+LOOKUPS = {
+    "aten.embedding.default",
+    VOCABULARY_EMBEDDING,
+    "aten.index.Tensor",
+    "aten.index_select.default",
+    "aten.gather.default",
+}
 
 
 def precision(flavor: Flavor, *, dtype: str, model_dtype: str) -> Precision:
@@ -46,18 +69,19 @@ def build_workload(
     micro_batch_sizes: Iterable[int],
     memory_ratio: float,
     precision: Precision,
+    tensor_degrees: Iterable[int] = (),
 ) -> Workload:
-    """Price each distinct segment once per micro-batch size; the rest is bookkeeping."""
-    representatives = graph.representatives()
-    ops = {cls: graph.segment_ops(segment) for cls, segment in representatives.items()}
-    costs = {
-        size: tuple(
-            _segment_cost(graph, ops[cls], segment, table, batch=size, seq=seq_len, precision=precision)
-            for cls, segment in sorted(representatives.items())
-        )
-        for size in sorted(set(micro_batch_sizes))
-    }
-    own, shared = _parameters(graph)
+    """Price each distinct segment once per micro-batch size and split; the rest is bookkeeping.
+
+    `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one.
+    """
+    pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
+    sizes = sorted(set(micro_batch_sizes))
+    whole = [TensorParallel().lowered(graph, segment) for _, segment in sorted(graph.representatives().items())]
+    parameters, shared = local_parameters(graph, whole)
+    found, impossible = variants(
+        graph, tensor_degrees, micro_batch_sizes=sizes, seq_len=seq_len, price=pricing.segment_cost
+    )
     return Workload(
         model_name=graph.model_name,
         fingerprint=graph.fingerprint,
@@ -68,51 +92,79 @@ def build_workload(
         memory_ratio=memory_ratio,
         precision=precision,
         segment_classes=graph.segment_classes,
-        costs=costs,
-        parameters=own,
+        costs={size: tuple(pricing.segment_cost(part, size) for part in whole) for size in sizes},
+        parameters=parameters,
         shared=shared,
+        step_flops=_step_flops(graph, whole, batch=batch_size, seq=seq_len),
+        variants=found,
+        impossible_degrees=impossible,
     )
 
 
-def _parameters(graph: Graph) -> tuple[tuple[ParameterCount, ...], tuple[SharedParameters, ...]]:
-    """Counts per segment; tied parameters apart; those the loss does not depend on are held by the first stage."""
-    counts = [{"trainable": 0, "frozen": 0} for _ in range(graph.num_segments)]
-    tied: dict[tuple[int, ...], dict[str, int]] = {}
-    for parameter in graph.parameters:
-        segments = parameter.segments or (0,)
-        target = counts[segments[0]] if len(segments) == 1 else tied.setdefault(segments, {"trainable": 0, "frozen": 0})
-        target["trainable" if parameter.trainable and parameter.segments else "frozen"] += parameter.numel
-    shared = tuple(SharedParameters(segments=s, count=ParameterCount(**c)) for s, c in sorted(tied.items()))
-    return tuple(ParameterCount(**c) for c in counts), shared
+def _step_flops(graph: Graph, whole: list[LoweredSegment], *, batch: int, seq: int) -> int:
+    of_class = []
+    for part in whole:
+        counted = [flops(op, batch=batch, seq=seq) for op in part.ops]
+        of_class.append(sum(f.forward + f.backward for f in counted))
+    return sum(of_class[cls] for cls in graph.segment_classes)
 
 
-def _segment_cost(
-    graph: Graph, ops: list[Op], segment: int, table: CostTable, *, batch: int, seq: int, precision: Precision
-) -> SegmentCost:
-    size = {"batch": batch, "seq": seq}
-    counted = [flops(op, **size) for op in ops]
-    forward = [_forward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
-    again = replayed(ops)
-    gradients = sum(p.numel for p in graph.parameters if p.trainable and segment in p.segments)
-    # A micro-batch adds its gradients to the ones before it: two reads and a write.
-    accumulate_s = memory_s(table, 3 * gradients * precision.gradient_bytes)
-    entering = {spec.name for spec in graph.boundaries[segment]}
-    backward = [_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
-    deferred = [(op, time_s) for op, time_s in zip(ops, backward, strict=True) if _is_deferrable(op)]
-    return SegmentCost(
-        forward_s=sum(forward),
-        backward_s=sum(backward) + accumulate_s,
-        weight_gradient_s=sum(time_s / _gradients(op) for op, time_s in deferred) + accumulate_s,
-        recompute_selective_s=sum(_rebuild_s(op, table, **size) for op in again),
-        recompute_full_s=sum(forward[: len(again)]),
-        saved_bytes=_saved_bytes(ops, entering, **size),
-        saved_selective_bytes=_kept_bytes(ops, **size),
-        deferred_bytes=_deferred_bytes([op for op, _ in deferred], **size),
-        input_bytes=sum(spec.size_bytes(**size) for spec in graph.boundaries[segment]),
-        workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
-        forward_flops=sum(f.forward for f in counted),
-        backward_flops=sum(f.backward for f in counted),
-    )
+@dataclass(frozen=True)
+class Pricing:
+    """What the price of a lowered segment depends on beside itself and its rows."""
+
+    graph: Graph
+    table: CostTable
+    topology: Topology
+    seq_len: int
+    precision: Precision
+
+    def segment_cost(self, lowered: LoweredSegment, rows: int) -> SegmentCost:
+        """Of one rank, for a micro-batch of `rows`."""
+        table, size, ops = self.table, {"batch": rows, "seq": self.seq_len}, list(lowered.ops)
+        counted = [flops(op, **size) for op in ops]
+        forward = [_forward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
+        backward = [_backward_s(op, f, table, **size) for op, f in zip(ops, counted, strict=True)]
+        comm = [self._collectives_s(lowered, op, rows) for op in ops]
+        again = replayed(ops)
+        deferred = [(op, time_s) for op, time_s in zip(ops, backward, strict=True) if _is_deferrable(op)]
+        trainable = [p.name for p in self.graph.parameters if p.trainable and p.name in lowered.parameters]
+        gradients = sum(prod(lowered.split_of(name).local_shape()) for name in trainable)
+        # A micro-batch adds its gradients to the ones before it: two reads and a write.
+        accumulate_s = memory_s(table, 3 * gradients * self.precision.gradient_bytes)
+        return SegmentCost(
+            forward_s=sum(forward),
+            backward_s=sum(backward) + accumulate_s,
+            weight_gradient_s=sum(time_s / _gradients(op) for op, time_s in deferred) + accumulate_s,
+            recompute_selective_s=sum(_rebuild_s(op, table, **size) for op in again),
+            recompute_full_s=sum(forward[: len(again)]) + sum(forward_s for forward_s, _ in comm[: len(again)]),
+            saved_bytes=_saved_bytes(ops, {spec.name for spec in lowered.entering}, **size),
+            saved_selective_bytes=_kept_bytes(ops, **size),
+            deferred_bytes=_deferred_bytes([op for op, _ in deferred], **size),
+            input_bytes=sum(spec.size_bytes(**size) for spec in lowered.entering),
+            workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
+            forward_comm_s=sum(forward_s for forward_s, _ in comm),
+            backward_comm_s=sum(backward_s for _, backward_s in comm),
+        )
+
+    def _collectives_s(self, lowered: LoweredSegment, op: Op, rows: int) -> tuple[float, float]:
+        """Of an op, forward and backward."""
+        size, degree = {"batch": rows, "seq": self.seq_len}, lowered.sharding.degree
+        if op.target == VOCABULARY_CROSS_ENTROPY:
+            tokens_bytes = op.inputs[1].numel(**size) * DTYPE_BYTES["float32"]
+            largest_s, sums_s = (self.topology.all_reduce_s(n * tokens_bytes, group_size=degree) for n in (1, 2))
+            return largest_s + sums_s, 0.0
+        conversion = CONVERSIONS.get(op.target)
+        if conversion is None:
+            return 0.0, 0.0
+        payload = max(spec.size_bytes(**size) for spec in (*op.inputs, *op.outputs))
+        times = {
+            None: 0.0,
+            "all_reduce": self.topology.all_reduce_s(payload, group_size=degree),
+            "all_gather": self.topology.all_gather_s(payload, group_size=degree),
+            "reduce_scatter": self.topology.reduce_scatter_s(payload, group_size=degree),
+        }
+        return times[conversion.forward], times[conversion.backward] if op.outputs[0].requires_grad else 0.0
 
 
 def _kind(op: Op) -> KernelKind:
@@ -122,7 +174,7 @@ def _kind(op: Op) -> KernelKind:
 
 
 def _forward_s(op: Op, counted: Flops, table: CostTable, *, batch: int, seq: int) -> float:
-    if op.is_view:
+    if op.is_view or (op.target in CONVERSIONS and not _regroups(op, CONVERSIONS[op.target].forward)):
         return 0.0
     moved = _forward_bytes(op, batch=batch, seq=seq)
     return kernel_s(table, kind=_kind(op), flops=counted.executed_forward, moved_bytes=moved, dtype=_dtype(op))
@@ -131,6 +183,8 @@ def _forward_s(op: Op, counted: Flops, table: CostTable, *, batch: int, seq: int
 def _backward_s(op: Op, counted: Flops, table: CostTable, *, batch: int, seq: int) -> float:
     """One kernel per operand that needs a gradient for contractions, one for everything else."""
     if op.is_view or not any(tensor.requires_grad for tensor in op.outputs):
+        return 0.0
+    if op.target in CONVERSIONS and not _regroups(op, CONVERSIONS[op.target].backward):
         return 0.0
     moved = _backward_bytes(op, batch=batch, seq=seq)
     kind = _kind(op)
@@ -150,6 +204,11 @@ def _gradients(op: Op) -> int:
 
 def _is_deferrable(op: Op) -> bool:
     return op.target in DEFERRABLE and op.inputs[DEFERRABLE[op.target].weight].requires_grad
+
+
+def _regroups(op: Op, collective: CollectiveKind | None) -> bool:
+    """Whether a collective's blocks must be put in order by a copy: they lie one after the other along dim 0."""
+    return collective in ("all_gather", "reduce_scatter") and op.argument("dim", 0) != 0
 
 
 def _dtype(op: Op) -> str:

@@ -7,7 +7,7 @@ from pydantic import Field
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.schema import Schema
-from autoparallel.plans.strategy import Recomputation
+from autoparallel.plans.strategy import Recomputation, Strategy
 
 
 class SegmentCost(Schema):
@@ -21,7 +21,7 @@ class SegmentCost(Schema):
     recompute_selective_s: float
     """Forward work repeated in backward under selective recomputation."""
     recompute_full_s: float
-    """The same under full recomputation, which stops at the last tensor that backward needs."""
+    """The same under full recomputation, collectives included; it stops at the last tensor that backward needs."""
     saved_bytes: int
     """Activations kept from forward to backward without recomputation, beyond its input."""
     saved_selective_bytes: int
@@ -32,9 +32,9 @@ class SegmentCost(Schema):
     """The activations that enter: kept under every recomputation level, and sent when a stage starts here."""
     workspace_bytes: int
     """Largest transient while it runs (gradients of activations in backward included)."""
-    forward_flops: int
-    backward_flops: int
-    """Model FLOPs, without recomputation, causality not subtracted."""
+    forward_comm_s: float = 0.0
+    """Collectives of tensor parallelism."""
+    backward_comm_s: float = 0.0
 
     def kept_bytes(self, recomputation: Recomputation) -> int:
         """Activations, the input left out, that stay from forward to backward."""
@@ -76,6 +76,22 @@ class Precision(Schema):
     """Of one trainable element; AdamW: two fp32 moments, 8."""
 
 
+class Variant(Schema):
+    """The model as one rank of a tensor-parallel group holds and runs it, under one split."""
+
+    tensor_parallel: int
+    sequence_parallel: bool
+    batch_per_device: int
+    splits: tuple[tuple[str, ...], ...]
+    """By segment class: the parameter dims that are sharded."""
+    costs: tuple[SegmentCost, ...]
+    """By class."""
+    parameters: tuple[ParameterCount, ...]
+    shared: tuple[SharedParameters, ...]
+    addends: tuple[int, ...]
+    """Of each segment: elements of which every rank has an addend of the gradient, summed once a step."""
+
+
 class Workload(Schema):
     """Everything that pricing a strategy needs."""
 
@@ -94,6 +110,42 @@ class Workload(Schema):
     parameters: tuple[ParameterCount, ...]
     """Of each segment, shared ones left out."""
     shared: tuple[SharedParameters, ...]
+    step_flops: int
+    """Model FLOPs of a step, without recomputation, causality not subtracted."""
+    addends: tuple[int, ...] = ()
+    """As in `Variant`; empty without tensor parallelism."""
+    variants: tuple[Variant, ...] = ()
+    """Under tensor parallelism; of one degree and micro-batch size the fastest first, then the leanest."""
+    impossible_degrees: dict[int, str] = Field(default_factory=dict)
+    """Degrees of tensor parallelism that divide the devices and no block, with the arithmetic."""
+
+    def under(self, strategy: Strategy) -> list[tuple[Workload, Strategy]]:
+        """This workload as one rank of a tensor-parallel group has it, once for every split that the strategy may use,
+        the fastest first; beside it the strategy with that split.
+        """
+        if strategy.tensor_parallel == 1:
+            return [(self, strategy)]
+        return [
+            (self._under(variant), strategy.model_copy(update={"splits": variant.splits}))
+            for variant in self.variants
+            if _serves(variant, strategy)
+        ]
+
+    def _under(self, variant: Variant) -> Workload:
+        return self.model_copy(
+            update={
+                "costs": {variant.batch_per_device: variant.costs},
+                "parameters": variant.parameters,
+                "shared": variant.shared,
+                "addends": variant.addends,
+                "variants": (variant,),
+            }
+        )
+
+    @property
+    def tensor_degrees(self) -> list[int]:
+        """One, and all that were looked at."""
+        return sorted({1, *self.impossible_degrees, *(variant.tensor_parallel for variant in self.variants)})
 
     @property
     def num_blocks(self) -> int:
@@ -108,3 +160,9 @@ class Workload(Schema):
         own = [self.parameters[i] for i in inside]
         own += [s.count for s in self.shared if any(i in inside for i in s.segments)]
         return ParameterCount(trainable=sum(c.trainable for c in own), frozen=sum(c.frozen for c in own))
+
+
+def _serves(variant: Variant, strategy: Strategy) -> bool:
+    asked = (strategy.tensor_parallel, strategy.sequence_parallel, strategy.batch_per_device)
+    offered = (variant.tensor_parallel, variant.sequence_parallel, variant.batch_per_device)
+    return asked == offered and strategy.splits in (None, variant.splits)

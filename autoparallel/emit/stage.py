@@ -24,6 +24,7 @@ from autoparallel.emit.randomness import Apart
 from autoparallel.emit.recompute import Recomputed, recomputed
 from autoparallel.ir.graph import Argument, Op, Ref
 from autoparallel.plans.strategy import StagePlan
+from autoparallel.tensor_parallel.layout import ParameterSplit
 from autoparallel.tensor_parallel.lower import LoweredSegment
 from autoparallel.tensor_parallel.splits import TensorParallel
 
@@ -351,6 +352,23 @@ def state_tensors(model: nn.Module, program: Program) -> Mapping[str, Tensor]:
             constant = attrgetter(str(node.target))(program.module)
             if isinstance(constant, Tensor):
                 tensors[str(node.target)] = constant
+    return tensors
+
+
+def taken(whole: Tensor, split: ParameterSplit | None, rank: int) -> Tensor:
+    """What a rank of the tensor-parallel group holds of a parameter."""
+    for dim, indices in enumerate(split.indices(rank) if split is not None else []):
+        if indices is not None:
+            whole = whole.index_select(dim, torch.from_numpy(indices).to(whole.device))
+    return whole
+
+
+def local_tensors(program: Program, member: Member) -> dict[str, Tensor]:
+    """Fake tensors of the shapes that a rank holds, by canonical name."""
+    tensors = dict(state_tensors(program.exported.twin, program))
+    for name, split in member.split.parameters(program.graph).items():
+        part = taken(tensors[name].detach(), split, member.rank)
+        tensors[name] = nn.Parameter(part, requires_grad=tensors[name].requires_grad)
     return tensors
 
 

@@ -41,7 +41,7 @@ class Engine:
             tensor_parallel=strategy.tensor_parallel,
             device_type=device.type,
         )
-        self.split = TensorParallel(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
+        self.split = TensorParallel.of_strategy(strategy)
         stage_of_segment = [
             index % strategy.num_stages
             for index, s in enumerate(strategy.stages)

@@ -19,9 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoparallel.emit.recompute import Recomputed
+from autoparallel.emit.stage import taken
 from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.mesh import Mesh
-from autoparallel.tensor_parallel.splits import ParameterSplit
+from autoparallel.tensor_parallel.layout import ParameterSplit
 
 
 @dataclass
@@ -156,14 +157,6 @@ class Parameters:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
-
-
-def taken(whole: Tensor, split: ParameterSplit | None, rank: int) -> Tensor:
-    """What a rank of the tensor-parallel group holds of a parameter."""
-    for dim, indices in enumerate(split.indices(rank) if split is not None else []):
-        if indices is not None:
-            whole = whole.index_select(dim, torch.from_numpy(indices).to(whole.device))
-    return whole
 
 
 def put(whole: Tensor, part: Tensor, split: ParameterSplit, rank: int) -> None:

@@ -45,11 +45,12 @@ class Shortfall:
 
 
 def find_cuts(
-    workload: Workload, strategy: Strategy, *, limit_bytes: int | None = None
+    workload: Workload, strategy: Strategy, *, limit_bytes: int | None = None, polished: bool = True
 ) -> tuple[StagePlan, ...] | Shortfall:
     """The stages of a strategy with at most as many stages as the model has blocks.
 
-    `limit_bytes` is the memory of a rank, by default what the workload allows.
+    `limit_bytes` is the memory of a rank, by default what the workload allows; unless `polished`, the closed form
+    alone decides.
     """
     limit_bytes = capacity_bytes(workload) if limit_bytes is None else limit_bytes
     ranges = Ranges(workload, strategy)
@@ -59,12 +60,15 @@ def find_cuts(
     cuts = Cuts(workload, strategy, fits, limit_bytes)
     fast = least_formula(ranges, fits)
     if fast is not None and cuts.all_fit(fast):
-        return cuts.plans(polish(cuts, fast))
+        return cuts.plans(polish(cuts, fast) if polished else fast)
     lean = _partition(excess, [legal] * len(excess), np.maximum)
     assert lean is not None, "fewer blocks than stages"
     others = cuts.everything() if strategy.virtual_stages > 1 and cuts.are_few else ()
     leanest = min([lean, *others], key=lambda firsts: max(cuts.excess_bytes(firsts)))
-    return cuts.plans(polish(cuts, leanest)) if cuts.all_fit(leanest) else _shortfall(cuts, leanest)
+    # Masks are of the highest recomputation level, which need not be the leanest: relaxed stages may fit all the same.
+    if max(cuts.excess_bytes(leanest)) > 0:
+        return _shortfall(cuts, leanest)
+    return cuts.plans(polish(cuts, leanest) if polished else leanest)
 
 
 def _shortfall(cuts: Cuts, firsts: Firsts) -> Shortfall:

@@ -26,10 +26,16 @@ def compile_candidate(workload: Workload, strategy: Strategy) -> Candidate:
     if strategy.total_stages > max(1, workload.num_blocks):
         reason = f"{strategy.total_stages} stages need a block each, and the model has {workload.num_blocks}"
         return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="layers"))
-    found = _given_stages(workload, strategy) if strategy.stages else find_cuts(workload, strategy)
-    if isinstance(found, Shortfall):
-        return Candidate(strategy=strategy, rejection=_memory_rejection(workload, strategy, found))
-    return Candidate(strategy=strategy.model_copy(update={"stages": found}))
+    if strategy.tensor_parallel in workload.impossible_degrees:
+        reason = workload.impossible_degrees[strategy.tensor_parallel]
+        return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="split"))
+    rejection = None
+    for local, split in workload.under(strategy):
+        found = _given_stages(local, split) if split.stages else find_cuts(local, split, polished=False)
+        if not isinstance(found, Shortfall):
+            return Candidate(strategy=split.model_copy(update={"stages": found}))
+        rejection = _memory_rejection(local, split, found)
+    return Candidate(strategy=strategy, rejection=rejection)
 
 
 def price_candidate(workload: Workload, strategy: Strategy) -> Candidate:
@@ -37,11 +43,26 @@ def price_candidate(workload: Workload, strategy: Strategy) -> Candidate:
     return Candidate(strategy=strategy, estimate=price(workload, strategy))
 
 
+def polish_candidate(workload: Workload, strategy: Strategy) -> Candidate:
+    """A compiled strategy, its stages moved as the simulator prefers."""
+    ((local, split),) = workload.under(strategy)
+    found = find_cuts(local, split.model_copy(update={"stages": None}))
+    assert not isinstance(found, Shortfall), "it was cut before"
+    return price_candidate(workload, split.model_copy(update={"stages": found}))
+
+
 def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
     """Price a strategy that somebody named, cut where that is fastest unless it has stages; it need not fit."""
     check_strategy(workload, strategy)
+    if strategy.tensor_parallel in workload.impossible_degrees:
+        raise ConfigError(
+            f"the model cannot be split over {strategy.tensor_parallel} tensor-parallel ranks",
+            why=workload.impossible_degrees[strategy.tensor_parallel],
+            remedy="choose a degree that divides one of these",
+        )
     if strategy.stages:
-        _given_stages(workload, strategy)
+        local, strategy = workload.under(strategy)[0]
+        _given_stages(local, strategy)
         return price(workload, strategy)
     if strategy.total_stages > max(1, workload.num_blocks):
         raise ConfigError(
@@ -49,28 +70,37 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
             why="a stage holds at least one block",
             remedy=f"choose num_stages × virtual_stages up to {max(1, workload.num_blocks)}",
         )
-    stages = find_cuts(workload, strategy, limit_bytes=UNLIMITED_BYTES)
+    local, strategy = workload.under(strategy)[0]
+    stages = find_cuts(local, strategy, limit_bytes=UNLIMITED_BYTES)
     assert not isinstance(stages, Shortfall)
     return price(workload, strategy.model_copy(update={"stages": stages}))
 
 
 def check_strategy(workload: Workload, strategy: Strategy) -> None:
     """Raise ConfigError for a strategy that is not one of this workload's."""
-    if strategy.tensor_parallel != 1 or strategy.sequence_parallel:
-        raise ConfigError(
-            f"the strategy ({strategy.summary()}) cannot be priced yet",
-            why="tensor_parallel and sequence_parallel are not emitted",
-            remedy="leave them at their defaults",
-        )
     have = {"devices": workload.flavor.num_devices, "rows a step": workload.batch_size}
     for what, asked in (("devices", strategy.num_devices), ("rows a step", strategy.batch_size)):
         if asked != have[what]:
             raise ConfigError(
                 f"the strategy ({strategy.summary()}) is for {asked} {what}, not {have[what]}",
-                why="devices = num_stages × data_parallel; rows = data_parallel × batch_per_device × num_micro_batches",
-                remedy="change these four so that both products match the flavor and the batch size",
+                why="devices = num_stages × tensor_parallel × data_parallel; "
+                "rows = data_parallel × batch_per_device × num_micro_batches",
+                remedy="change these so that both products match the flavor and the batch size",
             )
     assert strategy.batch_per_device in workload.costs, f"no costs for batch_per_device {strategy.batch_per_device}"
+    if strategy.sequence_parallel and (workload.seq_len % strategy.tensor_parallel or strategy.tensor_parallel == 1):
+        raise ConfigError(
+            f"sequence_parallel over {strategy.tensor_parallel} tensor-parallel ranks",
+            why=f"{workload.seq_len} tokens are divided over the ranks of tensor parallelism",
+            remedy="choose a tensor_parallel degree above 1 that divides the sequence length",
+        )
+    known = strategy.tensor_parallel == 1 or strategy.tensor_parallel in workload.impossible_degrees
+    if not known and not workload.under(strategy):
+        raise ConfigError(
+            f"the strategy ({strategy.summary()}) has no such split",
+            why=f"splits {strategy.splits} are not among those that cost least",
+            remedy="leave splits out: they are chosen by cost",
+        )
 
 
 def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
@@ -117,13 +147,14 @@ def _memory_rejection(workload: Workload, strategy: Strategy, shortfall: Shortfa
 def price(workload: Workload, strategy: Strategy) -> Estimate:
     """Predict the step time and memory of a strategy with stages."""
     assert strategy.stages is not None, "only compiled strategies have a price"
+    workload, _ = workload.under(strategy)[0]
     seconds = [stage_seconds(workload, strategy, plan) for plan in strategy.stages]
     step = run_step(workload, strategy, seconds)
     rank, timeline, ties = step.ranks[step.critical], step.timeline, step.ties
     breakdown = Breakdown(
         compute=strategy.num_micro_batches * (rank.forward_s + rank.backward_s),
         recompute=strategy.num_micro_batches * rank.recompute_s,
-        tp_comm=0.0,
+        tp_comm=strategy.num_micro_batches * (rank.forward_tensor_s + rank.backward_tensor_s),
         dp_comm=strategy.num_micro_batches * rank.comm_s + rank.start_s + rank.reduce_s,
         pp_comm=timeline.transfer_s[step.critical] + ties.tie_s[step.critical],
         bubble=timeline.idle_s[step.critical] - timeline.transfer_s[step.critical] + ties.wait_s[step.critical],
@@ -140,11 +171,8 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
 
 
 def _mfu(workload: Workload, strategy: Strategy, step_time_s: float) -> float:
-    costs = [workload.cost(i, strategy.batch_per_device) for i in range(len(workload.segment_classes))]
-    micro_batches = strategy.data_parallel * strategy.num_micro_batches
-    flops = micro_batches * sum(cost.forward_flops + cost.backward_flops for cost in costs)
     peak = peak_flops_per_s(workload.table, workload.precision.compute_dtype) * strategy.num_devices
-    return flops / (peak * step_time_s) if peak * step_time_s > 0 else 0.0
+    return workload.step_flops / (peak * step_time_s) if peak * step_time_s > 0 else 0.0
 
 
 def _stage_estimate(workload: Workload, strategy: Strategy, rank: int, seconds: StageSeconds) -> StageEstimate:

@@ -54,7 +54,7 @@ class Ranges:
         """Forward, backward, recomputation and collectives of one micro-batch."""
         sharding = self.overheads.sharding
         gathers = sharding.forward_gathers + sharding.backward_gathers
-        forward_ps = np.array([_ps(cost.forward_s) for cost in self.costs], dtype=np.int64)
+        forward_ps = np.array([_ps(cost.forward_s + cost.forward_comm_s) for cost in self.costs], dtype=np.int64)
         compute_ps = _running_sums(forward_ps + self._backward_ps)
         return compute_ps + self._sharded_ps(gathers=gathers, reduces=sharding.backward_reduces)
 
@@ -65,6 +65,8 @@ class Ranges:
         once: Array = self._sharded_ps(gathers=sharding.gathers_per_step, reduces=sharding.reduces_per_step)
         trainable = self.trainable.cumsum(axis=1)
         once = once + _each(self.overheads.all_reduce_s, trainable) + _each(self.overheads.optimizer_s, trainable)
+        if self.workload.addends:
+            once += _each(self.overheads.addends_s, _running_sums(np.array(self.workload.addends, dtype=np.int64)))
         for shared in self.workload.shared if self.strategy.num_stages > 1 else ():
             tie_s = self.overheads.tie_s(shared, num_holders=2, distance=self.strategy.num_stages - 1)
             once += _ps(tie_s) * self._split(shared.segments)
@@ -94,8 +96,8 @@ class Ranges:
 
     @cached_property
     def _backward_ps(self) -> Array:
-        """[segment], recomputation included."""
-        times = [cost.backward_s + cost.recompute_s(self._level(i)) for i, cost in enumerate(self.costs)]
+        """[segment], recomputation and collectives of tensor parallelism included."""
+        times = [c.backward_s + c.backward_comm_s + c.recompute_s(self._level(i)) for i, c in enumerate(self.costs)]
         return np.array([_ps(time_s) for time_s in times], dtype=np.int64)
 
     def memory_bytes(self, stage: int) -> Array:

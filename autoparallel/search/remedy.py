@@ -30,6 +30,8 @@ RELAXABLE = (
     "num_micro_batches",
     "num_stages",
     "pipeline_parallel",
+    "tensor_parallel",
+    "sequence_parallel",
     "data_parallel",
 )
 """Constraints in the order in which giving them up is proposed: what costs least speed comes first."""
@@ -114,16 +116,20 @@ def first_fit(workload: Workload, constraints: Constraints) -> Strategy | None:
             batch_size=workload.batch_size,
             num_blocks=workload.num_blocks,
             constraints=constraints,
+            tensor_degrees=workload.tensor_degrees,
+            seq_len=workload.seq_len,
         )
     except ConfigError:
         return None
-    leanest: dict[tuple[int, int], Strategy] = {}
+    leanest: dict[tuple[int, int, bool, int], Strategy] = {}
     for strategy in sorted(strategies, key=_appetite):
         if strategy.batch_per_device in workload.costs and strategy.total_stages <= max(1, workload.num_blocks):
-            leanest.setdefault((strategy.num_stages, strategy.distribute_param), strategy)
+            layout = (strategy.num_stages, strategy.tensor_parallel, strategy.sequence_parallel)
+            leanest.setdefault((*layout, strategy.distribute_param), strategy)
     for strategy in leanest.values():
-        if not isinstance(find_cuts(workload, strategy), Shortfall):
-            return strategy
+        for local, split in workload.under(strategy):
+            if not isinstance(find_cuts(local, split), Shortfall):
+                return strategy
     return None
 
 

@@ -1,10 +1,12 @@
 """A workload and constraints in, every candidate with its price or its reason out; then the cheapest of them.
 
-Parallel Graph Compile cuts each candidate into stages that fit, SelectBestGraphFromCandidates prices the possible ones.
+Parallel Graph Compile cuts each candidate into stages that fit by a closed form; SelectBestGraphFromCandidates prices
+the possible ones by simulation, and moves the stages of those near the best as the simulator prefers.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -20,6 +22,9 @@ from autoparallel.search.remedy import no_feasible_plan
 from autoparallel.search.worker import Kind
 from autoparallel.space.candidates import enumerate_strategies
 
+POLISH_WITHIN = 1.2
+"""Of the cheapest step time."""
+
 
 def search(workload: Workload, constraints: Constraints, *, workers: int | None = None) -> list[Candidate]:
     """All candidates in the enumerator's order, each with an estimate or a rejection.
@@ -33,6 +38,10 @@ def search(workload: Workload, constraints: Constraints, *, workers: int | None 
         batch_size=workload.batch_size,
         num_blocks=workload.num_blocks,
         constraints=constraints,
+        tensor_degrees=workload.tensor_degrees
+        if constraints.tensor_parallel == "auto"
+        else [constraints.tensor_parallel],
+        seq_len=workload.seq_len,
     )
     logger.info("The number of candidates is {}.", len(strategies))
     with WorkerPool(workload, default_num_workers() if workers is None else workers) as pool:
@@ -46,10 +55,28 @@ def search(workload: Workload, constraints: Constraints, *, workers: int | None 
         logger.info("SelectBestGraphFromCandidates start...")
         begin_s = time.perf_counter()
         priced = _run(pool, "price", [candidates[index].strategy for index in possible])
+        for index, candidate in zip(possible, priced, strict=True):
+            candidates[index] = candidate
+        near = _near_the_best(candidates)
+        polished = _run(pool, "polish", [candidates[index].strategy for index in near])
         logger.info("Elapsed Time to compute cost for survived candidates = {} [ms]", _elapsed_ms(begin_s))
-    for index, candidate in zip(possible, priced, strict=True):
-        candidates[index] = candidate
+    for index, candidate in zip(near, polished, strict=True):
+        candidates[index] = min(candidates[index], candidate, key=_step_time_s)
     return candidates
+
+
+def _near_the_best(candidates: Sequence[Candidate]) -> list[int]:
+    """Those whose stages are worth moving: the closed form that cut them is rough by a few per cent."""
+    best_s = min(map(_step_time_s, candidates), default=math.inf)
+    return [
+        index
+        for index, candidate in enumerate(candidates)
+        if _step_time_s(candidate) <= POLISH_WITHIN * best_s < math.inf
+    ]
+
+
+def _step_time_s(candidate: Candidate) -> float:
+    return candidate.estimate.step_time_s if candidate.estimate is not None else math.inf
 
 
 def select_best_graph_from_candidates(
@@ -73,7 +100,9 @@ def select_best_graph_from_candidates(
 def _run(pool: WorkerPool, kind: Kind, strategies: list[Strategy]) -> list[Candidate]:
     """In the order of the strategies, whatever the order in which workers are done."""
     done: dict[int, Candidate] = {}
-    with progress({"compile": "Compile", "price": "Select"}[kind], total=len(strategies)) as advance:
+    with progress(
+        {"compile": "Compile", "price": "Select", "polish": "Polish"}[kind], total=len(strategies)
+    ) as advance:
         for index, candidate in pool.map(kind, strategies):
             done[index] = candidate
             advance(candidate)

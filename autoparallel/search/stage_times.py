@@ -38,7 +38,7 @@ SHARDING = {
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds by number of elements. A data-parallel group is `data_parallel` neighbouring ranks."""
+    """Seconds by number of elements. Tensor-parallel ranks are neighbours, replicas stand `tensor_parallel` apart."""
 
     workload: Workload
     strategy: Strategy
@@ -51,26 +51,37 @@ class Overheads:
     def sharding(self) -> Sharding:
         return SHARDING[self.strategy.distribute_param if self.strategy.data_parallel > 1 else 0]
 
+    @cached_property
+    def replicas(self) -> dict[str, int]:
+        return {"group_size": self.strategy.data_parallel, "stride": self.strategy.tensor_parallel}
+
     def gather_s(self, elements: int) -> float:
         """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
         if elements == 0:
             return 0.0
         size_bytes = elements * self.workload.precision.compute_bytes
-        return self.topology.all_gather_s(size_bytes, group_size=self.strategy.data_parallel)
+        return self.topology.all_gather_s(size_bytes, **self.replicas)
 
     def reduce_scatter_s(self, trainable: int) -> float:
         """Every rank gets the summed gradients of its shard of a segment."""
         if trainable == 0:
             return 0.0
         size_bytes = trainable * self.workload.precision.gradient_bytes
-        return self.topology.reduce_scatter_s(size_bytes, group_size=self.strategy.data_parallel)
+        return self.topology.reduce_scatter_s(size_bytes, **self.replicas)
 
     def all_reduce_s(self, trainable: int) -> float:
         """Gradients of a whole stage, once a step, where nothing is sharded."""
         if trainable == 0 or self.strategy.distribute_param > 0:
             return 0.0
         size_bytes = trainable * self.workload.precision.gradient_bytes
-        return self.topology.all_reduce_s(size_bytes, group_size=self.strategy.data_parallel)
+        return self.topology.all_reduce_s(size_bytes, **self.replicas)
+
+    def addends_s(self, elements: int) -> float:
+        """Gradients of which every tensor-parallel rank has an addend, in one bucket once a step."""
+        if elements == 0:
+            return 0.0
+        size_bytes = self.held(elements) * self.workload.precision.gradient_bytes
+        return self.topology.all_reduce_s(size_bytes, group_size=self.strategy.tensor_parallel)
 
     def tie_s(self, shared: SharedParameters, *, num_holders: int, distance: int) -> float:
         """Sum the gradients of a parameter that stages `distance` apart share, after the reduction over replicas."""
@@ -78,7 +89,8 @@ class Overheads:
             return 0.0
         size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
         # The cost of a group is known for groups that tile the cluster: the widest such stride crosses as many hosts.
-        stride = min(distance * self.strategy.data_parallel, self.workload.flavor.num_devices // num_holders)
+        ranks_of_a_stage = self.strategy.data_parallel * self.strategy.tensor_parallel
+        stride = min(distance * ranks_of_a_stage, self.workload.flavor.num_devices // num_holders)
         return self.topology.all_reduce_s(size_bytes, group_size=num_holders, stride=stride)
 
     def optimizer_s(self, trainable: int) -> float:
@@ -99,7 +111,7 @@ class Overheads:
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """One stage on one device, or all stages of one. The first seven are of one micro-batch, the others of a step."""
+    """One stage on one device, or all stages of one. The first nine are of one micro-batch, the others of a step."""
 
     forward_s: float
     backward_s: float
@@ -107,6 +119,9 @@ class StageSeconds:
     weight_gradient_s: float
     """The part of it that a schedule with a split backward makes later."""
     recompute_s: float
+    forward_tensor_s: float
+    """Collectives of tensor parallelism; the rest are those of data parallelism."""
+    backward_tensor_s: float
     forward_comm_s: float
     backward_gather_s: float
     backward_reduce_s: float
@@ -122,7 +137,7 @@ class StageSeconds:
 
     @property
     def forward_action_s(self) -> float:
-        return self.forward_s + self.forward_comm_s
+        return self.forward_s + self.forward_tensor_s + self.forward_comm_s
 
     @property
     def backward_action_s(self) -> float:
@@ -130,7 +145,8 @@ class StageSeconds:
 
     @property
     def input_gradient_action_s(self) -> float:
-        return self.backward_s - self.weight_gradient_s + self.recompute_s + self.backward_gather_s
+        compute_s = self.backward_s - self.weight_gradient_s + self.recompute_s
+        return compute_s + self.backward_tensor_s + self.backward_gather_s
 
     @property
     def weight_gradient_action_s(self) -> float:
@@ -158,10 +174,14 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         backward_s=sum(cost.backward_s for cost in costs),
         weight_gradient_s=sum(cost.weight_gradient_s for cost in costs),
         recompute_s=sum(again),
+        forward_tensor_s=sum(cost.forward_comm_s for cost in costs),
+        backward_tensor_s=sum(cost.backward_comm_s for cost in costs),
         forward_comm_s=sharding.forward_gathers * gather_s,
         backward_gather_s=sharding.backward_gathers * gather_s,
         backward_reduce_s=sharding.backward_reduces * reduce_s,
         start_s=sharding.gathers_per_step * gather_s,
-        reduce_s=sharding.reduces_per_step * reduce_s + overheads.all_reduce_s(trainable),
+        reduce_s=sharding.reduces_per_step * reduce_s
+        + overheads.all_reduce_s(trainable)
+        + overheads.addends_s(sum(workload.addends[plan.first_segment : plan.last_segment + 1])),
         optimizer_s=overheads.optimizer_s(trainable),
     )

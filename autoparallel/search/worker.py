@@ -1,6 +1,6 @@
 """A search worker: JSON lines on stdin in, JSON lines on stdout out. Run as `python -m autoparallel.search.worker`.
 
-In: one line with the workload, then lines of jobs `{"kind": "compile"|"price", "jobs": [[index, strategy], ...]}`.
+In: one line with the workload, then lines of jobs `{"kind": ..., "jobs": [[index, strategy], ...]}`, kinds as `Kind`s.
 Out: one line `{"pid": ..., "torch_loaded": ...}`, then for every job `{"index": ..., "candidate": ...}`, or
 `{"index": ..., "error": ...}` with a traceback; strategies and candidates are JSON texts of their own. A worker ends at
 the end of stdin, so it never outlives its parent.
@@ -18,10 +18,10 @@ from typing import IO, Literal
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import Strategy
-from autoparallel.search.price import compile_candidate, price_candidate
+from autoparallel.search.price import compile_candidate, polish_candidate, price_candidate
 
-Kind = Literal["compile", "price"]
-JOBS = {"compile": compile_candidate, "price": price_candidate}
+Kind = Literal["compile", "price", "polish"]
+JOBS = {"compile": compile_candidate, "price": price_candidate, "polish": polish_candidate}
 
 
 def run_job(workload: Workload, kind: Kind, strategy: Strategy) -> Candidate:

@@ -10,6 +10,7 @@ and slice bounds follow by recursion.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -298,3 +299,40 @@ class Sharding:
             counts[self.global_indices(dim, other)] += 1
         held: NDArray[np.bool_] = counts[self.global_indices(dim, rank)] == self.degree
         return held
+
+
+@dataclass(frozen=True)
+class ParameterSplit:
+    """Which part of a parameter each rank of a tensor-parallel group holds."""
+
+    layout: Layout
+    sharding: Sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding.is_sharded(self.layout)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some segments of a dim are sharded while every rank holds the others."""
+        return any(map(self.sharding.is_mixed, self.layout))
+
+    def indices(self, rank: int) -> list[NDArray[np.int64] | None]:
+        """By dim, the indices that the rank holds in its order; None for all. Fused projections are not contiguous."""
+        count = self.sharding.count
+        return [self.sharding.global_indices(dim, rank) if count(dim) else None for dim in self.layout]
+
+    def local_shape(self, rank: int = 0) -> tuple[int, ...]:
+        return tuple(self.sharding.local_size(dim, rank) for dim in self.layout)
+
+    def held_by_all(self, rank: int = 0) -> list[NDArray[np.int64] | None]:
+        """By dim, the local indices that every rank holds: the unsharded segments of a fused projection."""
+        mixed, everywhere = self.sharding.is_mixed, self.sharding.whole_everywhere
+        return [np.flatnonzero(everywhere(dim, rank)) if mixed(dim) else None for dim in self.layout]
+
+    def holds_like(self, other: ParameterSplit) -> bool:
+        """Whether both give the first rank the same part."""
+        return all(
+            (a is None) == (b is None) and (a is None or b is None or np.array_equal(a, b))
+            for a, b in zip(self.indices(0), other.indices(0), strict=True)
+        )

@@ -25,7 +25,7 @@ from autoparallel.ir.dims import Shape, evaluate
 from autoparallel.ir.graph import DTYPE_BYTES, Argument, Graph, Op, Ref, SavedTensor, TensorSpec
 from autoparallel.ir.ops import ATTENTION, CONVERSIONS, VOCABULARY_CROSS_ENTROPY, VOCABULARY_EMBEDDING
 from autoparallel.tensor_parallel.analysis import BATCH, SEQ, Analysis, leaving
-from autoparallel.tensor_parallel.layout import Dim, Layout, Sharding, flat, leaves, size
+from autoparallel.tensor_parallel.layout import Dim, Layout, ParameterSplit, Sharding, flat, leaves, size
 from autoparallel.tensor_parallel.rules import CROSS_ENTROPY, GETITEM, base_name, bounds
 
 ADD = "aten.add.Tensor"
@@ -83,8 +83,8 @@ class LoweredSegment:
     """Whole on every rank, their gradients partial sums: to be summed over the group once a step."""
     sharding: Sharding
 
-    def local_shape(self, parameter: str, rank: int) -> tuple[int, ...]:
-        return tuple(self.sharding.local_size(dim, rank) for dim in self.parameters[parameter])
+    def split_of(self, parameter: str) -> ParameterSplit:
+        return ParameterSplit(self.parameters[parameter], self.sharding)
 
 
 @dataclass

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.ir.graph import Graph, TensorSpec
+from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
-from autoparallel.tensor_parallel.layout import Atom, Layout, Sharding, leaves
+from autoparallel.tensor_parallel.layout import Atom, ParameterSplit, Sharding, leaves
 from autoparallel.tensor_parallel.lower import Illegal, LoweredSegment, lower
 
 Split = tuple[str, ...]
@@ -67,38 +68,6 @@ def legal_splits(
 
 
 @dataclass(frozen=True)
-class ParameterSplit:
-    """Which part of a parameter each rank of a tensor-parallel group holds."""
-
-    shape: tuple[int, ...]
-    layout: Layout
-    sharding: Sharding
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.sharding.is_sharded(self.layout)
-
-    def indices(self, rank: int) -> list[NDArray[np.int64] | None]:
-        """By dim, the indices that the rank holds in its order; None for all. Fused projections are not contiguous."""
-        count = self.sharding.count
-        return [self.sharding.global_indices(dim, rank) if count(dim) else None for dim in self.layout]
-
-    def local_shape(self, rank: int) -> tuple[int, ...]:
-        return tuple(self.sharding.local_size(dim, rank) for dim in self.layout)
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether some segments of a dim are sharded while every rank holds the others."""
-        return any(map(self.sharding.is_mixed, self.layout))
-
-    def held_by_all(self, rank: int) -> list[NDArray[np.int64] | None]:
-        """By dim, the local indices that every rank holds: the unsharded segments of a fused projection."""
-        mixed = self.sharding.is_mixed
-        everywhere = self.sharding.whole_everywhere
-        return [np.flatnonzero(everywhere(dim, rank)) if mixed(dim) else None for dim in self.layout]
-
-
-@dataclass(frozen=True)
 class TensorParallel:
     """How a plan splits every segment."""
 
@@ -106,6 +75,10 @@ class TensorParallel:
     sequence_parallel: bool = False
     splits: tuple[Split, ...] = ()
     """By segment class; none where the degree is one."""
+
+    @classmethod
+    def of_strategy(cls, strategy: Strategy) -> TensorParallel:
+        return cls(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
 
     def of(self, graph: Graph, segment: int) -> Split:
         return self.splits[graph.segment_classes[segment]] if self.splits else ()
@@ -135,18 +108,13 @@ class TensorParallel:
     def parameters(self, graph: Graph) -> dict[str, ParameterSplit]:
         """Every parameter that some segment uses; segments that share one split it alike."""
         found: dict[str, ParameterSplit] = {}
-        shapes = {p.name: p.shape for p in graph.parameters}
         for segment in range(graph.num_segments):
             analysis = analyze(graph, segment)
             named = split_names(analysis)
             sharding = Sharding([named[name] for name in self.of(graph, segment)], self.degree)
             for name, layout in analysis.parameters.items():
-                split = ParameterSplit(shapes[name], layout, sharding)
-                if name in found and _held(found[name]) != _held(split):
+                split = ParameterSplit(layout, sharding)
+                if name in found and not found[name].holds_like(split):
                     raise Illegal(f"{name} is split in two ways by the segments that share it")
                 found[name] = split
         return found
-
-
-def _held(split: ParameterSplit) -> list[list[int] | None]:
-    return [None if indices is None else indices.tolist() for indices in split.indices(0)]
