@@ -102,6 +102,7 @@ def plan_program(
         strategy=chosen.strategy,
         estimate=chosen.estimate,
         candidates=tuple(candidates),
+        notes=_notes(program, workload, chosen.strategy),
         assumptions=tuple(
             f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()
         ),
@@ -312,6 +313,13 @@ def _workload(
         precision=precision(flavor, dtype=dtype, model_dtype=model_dtype),
         tensor_degrees=[degree for degree in degrees if degree > 1],
     )
+
+
+def _notes(program: Program, workload: Workload, strategy: Strategy) -> tuple[str, ...]:
+    """What a reader of the plan should know beside its numbers."""
+    whole = [target for variant in workload.under(strategy)[0][0].variants for target in variant.without_rule]
+    computed = f"without a rule of tensor parallelism, computed whole by every rank: {', '.join(whole)}"
+    return (*program.graph.notes, *([computed] if strategy.tensor_parallel > 1 and whole else []))
 
 
 def _summary(program: Program) -> ModelSummary:

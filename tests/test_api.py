@@ -59,13 +59,28 @@ def test_the_strategy_asked_for_is_priced_as_the_search_prices_it() -> None:
 
 
 def test_the_program_of_any_rank_is_readable_offline() -> None:
-    plan = ap.plan(**question(constraints=ap.Constraints(data_parallel=1)))
+    plan = ap.plan(**question(constraints=ap.Constraints(data_parallel=1, tensor_parallel=1)))
     assert plan.strategy.num_stages == 2
     texts = [ap.program(FAMILIES["llama"](), plan, rank=rank).print_readable(print_output=False) for rank in (0, 1)]
     assert "input_ids" in texts[0]
     assert texts[0] != texts[1]
     with pytest.raises(ConfigError, match="rank 2 does not exist"):
         ap.program(FAMILIES["llama"](), plan, rank=2)
+
+
+def test_the_program_of_a_tensor_parallel_rank_shows_its_collectives_and_shapes() -> None:
+    constraints = ap.Constraints(tensor_parallel=2, sequence_parallel=True)
+    plan = ap.plan(**question(constraints=constraints))
+    assert plan.strategy.splits is not None
+    stage = ap.program(FAMILIES["llama"](), plan, rank=1)
+    block = stage.get_submodule("segment_1")
+    held = {name: tuple(value.shape) for name, value in block.named_parameters()}
+    text = plan.explain()
+    for split in plan.strategy.splits[1]:
+        assert split in text
+    assert held["model.layers.0.mlp.gate_proj.weight"] in {(32, 32), (64, 32)}
+    assert "sequence_parallel : True" in text
+    assert "all_gather" in block.print_readable(print_output=False)
 
 
 def check_message(error: AutoParallelError, *parts: str) -> None:

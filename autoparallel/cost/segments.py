@@ -145,6 +145,11 @@ class Pricing:
             workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
             forward_comm_s=sum(forward_s for forward_s, _ in comm),
             backward_comm_s=sum(backward_s for _, backward_s in comm),
+            replicated_s=sum(
+                f + b for op, f, b in zip(ops, forward, backward, strict=True) if op.name in lowered.replicated
+            )
+            if lowered.sharding.degree > 1
+            else 0.0,
         )
 
     def _collectives_s(self, lowered: LoweredSegment, op: Op, rows: int) -> tuple[float, float]:

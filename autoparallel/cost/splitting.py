@@ -86,7 +86,8 @@ def _why_not(graph: Graph, analyses: dict[int, Analysis], degree: int) -> str:
 def _options(
     graph: Graph, analyses: dict[int, Analysis], degree: int, sequence_parallel: bool
 ) -> dict[int, list[Option]]:
-    return {
+    blocks = set(graph.segment_classes[1:-1])
+    found = {
         cls: [
             Option(split, lowered, sum(prod(lowered.split_of(name).local_shape()) for name in lowered.parameters))
             for split, lowered in legal_splits(
@@ -95,6 +96,10 @@ def _options(
         ]
         for cls, segment in graph.representatives().items()
     }
+    if sequence_parallel:
+        return found
+    # A block that every rank runs whole gains nothing; with its tokens divided it does.
+    return {cls: [o for o in options if o.split or cls not in blocks] or options for cls, options in found.items()}
 
 
 def _of_size(
@@ -157,6 +162,7 @@ def _variant(graph: Graph, best: list[Priced], degree: int, sequence_parallel: b
         parameters=parameters,
         shared=shared,
         addends=tuple(_addends(graph, lowered[cls]) for cls in graph.segment_classes),
+        without_rule=tuple(sorted({target for part in lowered for target in part.without_rule})),
     )
 
 

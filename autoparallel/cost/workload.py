@@ -35,6 +35,8 @@ class SegmentCost(Schema):
     forward_comm_s: float = 0.0
     """Collectives of tensor parallelism."""
     backward_comm_s: float = 0.0
+    replicated_s: float = 0.0
+    """The part of forward and backward that every tensor-parallel rank repeats."""
 
     def kept_bytes(self, recomputation: Recomputation) -> int:
         """Activations, the input left out, that stay from forward to backward."""
@@ -90,6 +92,8 @@ class Variant(Schema):
     shared: tuple[SharedParameters, ...]
     addends: tuple[int, ...]
     """Of each segment: elements of which every rank has an addend of the gradient, summed once a step."""
+    without_rule: tuple[str, ...]
+    """Operators that no rule of tensor parallelism fits: computed on whole tensors."""
 
 
 class Workload(Schema):

@@ -20,6 +20,7 @@ CONTRACTIONS: dict[str, str] = {
     "aten.bmm.default": "b m k, b k n -> b m n",
     "aten.baddbmm.default": "_, b m k, b k n -> b m n",
     "aten.matmul.default": "... m k, ... k n -> ... m n",
+    "aten._grouped_mm.default": "t k, e k n, _ -> t n",
     "transformers.grouped_mm_fallback.default": "t k, e k n, _ -> t n",
     "autoparallel.attention.default": "b h s d, b g t d, b g t e -> b s h e",
 }

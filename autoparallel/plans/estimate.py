@@ -41,6 +41,8 @@ class Estimate(Schema):
     2204.02311).
     """
     breakdown_s: Breakdown
+    replicated_s: float = 0.0
+    """The part of compute that every tensor-parallel rank repeats, for want of a dim to divide."""
     stages: tuple[StageEstimate, ...]
     """By pipeline rank."""
 

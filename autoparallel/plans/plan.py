@@ -56,6 +56,8 @@ class Plan(Schema):
     estimate: Estimate
     candidates: tuple[Candidate, ...]
     """All of them, in enumeration order."""
+    notes: tuple[str, ...] = ()
+    """What capture had to do differently, and what tensor parallelism computes on whole tensors."""
     assumptions: tuple[str, ...] = ()
     """Figures of kind "assumed" in the cost table that the prices rest on."""
 

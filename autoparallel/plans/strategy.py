@@ -121,6 +121,7 @@ class Strategy(Schema):
         parts += [f"num_micro_batches : {self.num_micro_batches}", f"batch_per_device : {self.batch_per_device}"]
         parts.append(f"data_parallel : {self.data_parallel}")
         parts.append(f"tensor_parallel : {self.tensor_parallel}" if self.tensor_parallel > 1 else "No TP")
+        parts += ["sequence_parallel : True"] if self.sequence_parallel else []
         parts += [f"recomputation : {self.recomputation_range}", f"distribute_param : {self.distribute_param}"]
         if self.num_stages > 1:
             parts.append(f"schedule : {self.schedule}")

@@ -21,7 +21,7 @@ GIB = 2**30
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "reserve")
 CHOICES: dict[str, Callable[[Strategy], str]] = {
     "stages": lambda s: str(s.num_stages),
-    "tensor parallel": lambda s: str(s.tensor_parallel),
+    "tensor parallel": lambda s: _tensor(s),
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
     "recomputation": lambda s: s.recomputation_range,
     "sharding": lambda s: f"distribute_param {s.distribute_param}",
@@ -40,6 +40,8 @@ def explain(plan: Plan) -> str:
         _stages(plan),
         _memory(plan),
         _breakdown(plan.estimate),
+        _tensor_parallel(plan),
+        _notes(plan),
         _runners_up(plan, possible),
         _alternatives(plan, possible),
         _impossible(plan),
@@ -111,6 +113,29 @@ def _breakdown(estimate: Estimate) -> str:
             rows.append([name, _duration(time_s), f"{100 * time_s / step_time_s:.1f} %"])
     rows.append(["step", _duration(estimate.step_time_s), "100.0 %"])
     return "Predicted step time\n" + _table(rows, left=(0,))
+
+
+def _tensor_parallel(plan: Plan) -> str:
+    """Which dims are sharded, and what every rank repeats."""
+    strategy, estimate = plan.strategy, plan.estimate
+    if strategy.tensor_parallel == 1:
+        return ""
+    lines = [f"Tensor parallelism over {strategy.tensor_parallel} ranks: the parameter dims that are divided"]
+    splits = strategy.splits or ()
+    of_blocks = sorted(set(plan.model.block_classes))
+    names = {0: "embedding", len(splits) - 1: "head and loss"}
+    for cls, split in enumerate(splits):
+        kind = f"blocks ({of_blocks.index(cls) + 1} of {len(of_blocks)} kinds)" if len(of_blocks) > 1 else "blocks"
+        divided = ", ".join(map(_safe, split)) or "none"
+        lines += _wrapped(f"{names.get(cls, kind)}: {divided}", indent="  ")
+    share = 100 * estimate.replicated_s / (estimate.breakdown_s.compute or 1.0)
+    lines.append(f"  repeated by every rank: {_duration(estimate.replicated_s)} a step, {share:.1f} % of compute")
+    return "\n".join(lines)
+
+
+def _notes(plan: Plan) -> str:
+    lines = [line for note in plan.notes for line in _wrapped(_safe(note), indent="  - ")]
+    return "\n".join(["Notes", *lines]) if lines else ""
 
 
 def _runners_up(plan: Plan, possible: list[Priced]) -> str:
@@ -196,7 +221,7 @@ def _same(one: Strategy, other: Strategy) -> bool:
 
 
 def _label(strategy: Strategy) -> str:
-    parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {strategy.tensor_parallel}"]
+    parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {_tensor(strategy)}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
     parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", _schedule(strategy)]
     return ", ".join(parts)
@@ -204,6 +229,10 @@ def _label(strategy: Strategy) -> str:
 
 def _schedule(strategy: Strategy) -> str:
     return f"{strategy.schedule} x {strategy.virtual_stages}" if strategy.virtual_stages > 1 else strategy.schedule
+
+
+def _tensor(strategy: Strategy) -> str:
+    return f"{strategy.tensor_parallel}, by sequence" if strategy.sequence_parallel else str(strategy.tensor_parallel)
 
 
 def _loss(chosen: Estimate, other: Estimate) -> str:

@@ -111,7 +111,7 @@ class Overheads:
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """One stage on one device, or all stages of one. The first nine are of one micro-batch, the others of a step."""
+    """One stage on one device, or all stages of one. The first ten are of one micro-batch, the others of a step."""
 
     forward_s: float
     backward_s: float
@@ -122,6 +122,8 @@ class StageSeconds:
     forward_tensor_s: float
     """Collectives of tensor parallelism; the rest are those of data parallelism."""
     backward_tensor_s: float
+    replicated_s: float
+    """The part of forward and backward that every tensor-parallel rank repeats."""
     forward_comm_s: float
     backward_gather_s: float
     backward_reduce_s: float
@@ -176,6 +178,7 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         recompute_s=sum(again),
         forward_tensor_s=sum(cost.forward_comm_s for cost in costs),
         backward_tensor_s=sum(cost.backward_comm_s for cost in costs),
+        replicated_s=sum(cost.replicated_s for cost in costs),
         forward_comm_s=sharding.forward_gathers * gather_s,
         backward_gather_s=sharding.backward_gathers * gather_s,
         backward_reduce_s=sharding.backward_reduces * reduce_s,

@@ -82,6 +82,10 @@ class LoweredSegment:
     shared_parameters: frozenset[str]
     """Whole on every rank, their gradients partial sums: to be summed over the group once a step."""
     sharding: Sharding
+    replicated: frozenset[str]
+    """Ops that every rank runs on the same whole tensors."""
+    without_rule: frozenset[str]
+    """Targets of the ops that no rule fits."""
 
     def split_of(self, parameter: str) -> ParameterSplit:
         return ParameterSplit(self.parameters[parameter], self.sharding)
@@ -356,6 +360,8 @@ class Lowering:
             parameters=self.analysis.parameters,
             shared_parameters=frozenset(shared) & self.analysis.parameters.keys(),
             sharding=self.sharding,
+            replicated=frozenset(name for name, held in self.values.items() if name in self.made and _is_whole(held)),
+            without_rule=frozenset(op.target for op in self.analysis.ops if op.name in self.analysis.unknown),
         )
 
     def entering(self, spec: TensorSpec) -> Value:
@@ -636,6 +642,10 @@ def check_chunks(analysis: Analysis, sharding: Sharding) -> None:
         alone = all(flat(dim) == [atom] for layout in layouts for dim in layout if atom in leaves(dim))
         if not atom.uneven or not alone or len(sharding.chunk(atom, sharding.degree - 1)) == 0:
             raise Illegal(f"{atom.size} does not divide by {sharding.degree}")
+
+
+def _is_whole(values: list[Value]) -> bool:
+    return all(value.placement in (Placement.WHOLE, Placement.SHARED) for value in values)
 
 
 def _drawing_apart(op: Op, placement: Placement) -> Op:
