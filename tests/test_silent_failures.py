@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from autoparallel.runtime.batch import IGNORED, Batch
 from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.parameters import Parameters
+from autoparallel.tensor_parallel.layout import Dim, Sharding
+from autoparallel.tensor_parallel.lower import Lowering
 from tests.equality import parallel
 from tests.families import make_batch, make_model
 from tests.ranks import run_ranks
@@ -29,6 +32,7 @@ from tests.ranks import run_ranks
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 REPLICATED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
+TENSOR_PARALLEL = Strategy(tensor_parallel=2, batch_per_device=2, num_micro_batches=2)
 Values = list[float]
 
 
@@ -179,7 +183,7 @@ def accumulation_hooks(mended: bool) -> tuple[Values, Values]:
     """A hook on a parameter's gradient fires once per micro-batch instead of once per backward."""
     if not mended:
 
-        def masters(parameters: Parameters) -> dict[str, nn.Parameter]:
+        def masters(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
             for p in parameters.placed:
                 p.leaf = p.master
             return {p.name: p.master for p in parameters.placed}
@@ -201,6 +205,40 @@ def accumulation_hooks(mended: bool) -> tuple[Values, Values]:
     return _losses_of_both(_models("llama", alone), run)
 
 
+def _trained_losses(family: str, strategy: Strategy) -> tuple[Values, Values]:
+    def run(model: nn.Module) -> Values:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        return [_step(model, optimizer, seed=s) for s in range(3)]
+
+    return _losses_of_both(_models(family, strategy), run)
+
+
+def norms_on_sequence_shards(mended: bool) -> tuple[Values, Values]:
+    """A norm's weight is the same on every rank, but each sees its own tokens: its gradients are addends."""
+    if not mended:
+        Parameters._sum_addends = lambda self, mine: None  # type: ignore[method-assign]
+    return _trained_losses("qwen2", TENSOR_PARALLEL.model_copy(update={"sequence_parallel": True}))
+
+
+def row_parallel_bias(mended: bool) -> tuple[Values, Values]:
+    """A bias that every rank adds to its part of a sum is counted once for each rank."""
+    if not mended:
+        Lowering.deferred_bias = lambda self, op: None  # type: ignore[method-assign]
+    return _trained_losses("gpt2", TENSOR_PARALLEL)
+
+
+def fused_projection(mended: bool) -> tuple[Values, Values]:
+    """Half of a fused query, key and value matrix is half of each of the three, not the first half of the rows."""
+    if not mended:
+
+        def contiguous(self: Sharding, dim: Dim, rank: int) -> Any:
+            length = self.local_size(dim)
+            return np.arange(rank * length, (rank + 1) * length)
+
+        Sharding.global_indices = contiguous  # type: ignore[method-assign]
+    return _trained_losses("gpt2", TENSOR_PARALLEL)
+
+
 CASES = [
     clipping,
     overflow,
@@ -210,6 +248,9 @@ CASES = [
     dropout_in_eval,
     tied_weights,
     accumulation_hooks,
+    norms_on_sequence_shards,
+    row_parallel_bias,
+    fused_projection,
 ]
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.errors import ConfigError
+from autoparallel.errors import ConfigError, PlanMismatchError
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import analyze
 from autoparallel.tensor_parallel.layout import Atom, Misfit, Sharding, cut, new, take_inner, unify
-from autoparallel.tensor_parallel.lower import Illegal
 from autoparallel.tensor_parallel.splits import TensorParallel, legal_splits, lower_split, split_names
 from tests.equality import check_strategies, parallel
 from tests.families import FAMILIES, UNSEEN, lifted, make_batch, make_model
@@ -116,10 +115,19 @@ def test_a_degree_that_divides_nothing_is_impossible_with_the_arithmetic() -> No
         )
 
 
-def test_an_unknown_split_is_refused(programs: dict[str, Program]) -> None:
-    graph = program_of("llama", programs).graph
-    with pytest.raises(Illegal, match=r"no dim mlp\.nothing"):
-        TensorParallel(2, False, ((), ("mlp.nothing[0]",), ())).lowered(graph, 1)
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        (((), ("mlp.nothing[0]",), ()), r"no dim mlp\.nothing"),
+        (((), ()), "2 splits are given for 3 kinds"),
+        (((), ("self_attn.k_proj.weight[0].0", "self_attn.o_proj.weight[1].1"), ()), "sharded twice"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(
+    splits: tuple[tuple[str, ...], ...], words: str, programs: dict[str, Program]
+) -> None:
+    with pytest.raises(PlanMismatchError, match=words):
+        TensorParallel(2, False, splits).lowered(program_of("llama", programs).graph, 1)
 
 
 # --- exactness ---

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from autoparallel.errors import PlanMismatchError
 from autoparallel.ir.graph import Graph, TensorSpec
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
@@ -81,7 +82,13 @@ class TensorParallel:
         return cls(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
 
     def of(self, graph: Graph, segment: int) -> Split:
-        return self.splits[graph.segment_classes[segment]] if self.splits else ()
+        """The dims of one segment that are sharded."""
+        if self.degree == 1:
+            return ()
+        classes = set(graph.segment_classes)
+        if len(self.splits) != len(classes):
+            raise _mismatch(f"{len(self.splits)} splits are given for {len(classes)} kinds of segments")
+        return self.splits[graph.segment_classes[segment]]
 
     def lowered(self, graph: Graph, segment: int, *, rank: int = 0) -> LoweredSegment:
         """The segment's program of one rank of the group."""
@@ -115,6 +122,12 @@ class TensorParallel:
             for name, layout in analysis.parameters.items():
                 split = ParameterSplit(layout, sharding)
                 if name in found and not found[name].holds_like(split):
-                    raise Illegal(f"{name} is split in two ways by the segments that share it")
+                    raise _mismatch(f"{name} is split in two ways by the segments that share it")
                 found[name] = split
         return found
+
+
+def _mismatch(why: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        "strategy.splits: they do not fit this model.", why=why, remedy="make the plan again with `autoparallel plan`"
+    )
