@@ -117,6 +117,11 @@ class Lowering:
         for op in self.analysis.ops:
             for name in {spec.name for spec in op.inputs}:
                 self.users.setdefault(name, []).append(op)
+        self.weights = set(self.analysis.parameters)
+        """Parameters, and what is computed from nothing else."""
+        for op in self.analysis.ops:
+            if all(spec.name in self.weights for spec in op.inputs if spec.requires_grad):
+                self.weights.add(op.name)
         self.split = {op.name for op in self.analysis.ops if self.is_split(op)}
         self.by_sequence = {op.name for op in self.analysis.ops if self.is_by_sequence(op)}
         self.wanted = self.find_wanted()
@@ -405,7 +410,7 @@ class Lowering:
         if op.name in self.split:
             sharded = any(map(self.sharding.is_sharded, self.analysis.layouts[op.name]))
             return Placement.SHARDED if sharded else Placement.PARTIAL
-        activations = [v for v in inputs if v.name not in self.analysis.parameters]
+        activations = [v for v in inputs if v.name not in self.weights]
         if any(v.placement is Placement.SHARDED for v in activations):
             return Placement.SHARED  # a whole segment cut out of a mixed tensor
         if any(v.placement is Placement.SHARED and v.spec.requires_grad for v in activations):

@@ -91,11 +91,13 @@ class TensorParallel:
         return self.splits[graph.segment_classes[segment]]
 
     def lowered(self, graph: Graph, segment: int, *, rank: int = 0) -> LoweredSegment:
-        """The segment's program of one rank of the group."""
-        return lower_split(
-            graph, segment, analyze(graph, segment), self.of(graph, segment),
-            degree=self.degree, sequence_parallel=self.sequence_parallel, rank=rank,
-        )  # fmt: skip
+        """The segment's program of one rank of the group; raises PlanMismatchError where the split does not fit it."""
+        split, analysis = self.of(graph, segment), analyze(graph, segment)
+        degree, by_sequence = self.degree, self.sequence_parallel
+        try:
+            return lower_split(graph, segment, analysis, split, degree=degree, sequence_parallel=by_sequence, rank=rank)
+        except Illegal as error:
+            raise _mismatch(str(error)) from error
 
     def entering(self, graph: Graph, segment: int) -> tuple[TensorSpec, ...]:
         """What a rank receives where a stage begins with `segment`, with local shapes."""
