@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
 from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.mesh import Mesh
@@ -283,22 +284,11 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int = 64 << 20) -> None:
-    """Sum in flat buckets of one dtype: many small reductions cost latency, one huge copy costs memory."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in [*tensors, None]:
-        full = (
-            tensor is None or size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0].dtype
-            if bucket
-            else tensor is None
-        )
-        if full and bucket:
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat, group=group)
-            for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                target.copy_(summed.view_as(target))
-            bucket, size = [], 0
-        if tensor is not None:
-            bucket.append(tensor)
-            size += tensor.nbytes
+def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum in flat buckets."""
+    for indices in buckets([(str(tensor.dtype), tensor.nbytes) for tensor in tensors]):
+        bucket = [tensors[i] for i in indices]
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat, group=group)
+        for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            target.copy_(summed.view_as(target))
