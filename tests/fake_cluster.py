@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +35,24 @@ from autoparallel.tensor_parallel.splits import Split, legal_splits
 from tests.strategies import plan_for
 
 CPU = torch.device("cpu")
+
+
+def qwen_7b() -> PretrainedConfig:
+    """Qwen1.5-7B."""
+    return transformers.Qwen2Config(
+        num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=32,
+        intermediate_size=11008, vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def llama_70b() -> PretrainedConfig:
+    """Llama-3-70B."""
+    return transformers.LlamaConfig(
+        num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8,
+        intermediate_size=28672, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 _lowered_splits: dict[tuple[str, int, bool], tuple[Split, ...]] = {}
 
 
@@ -55,9 +74,7 @@ def widest_splits(program: Program, *, degree: int, sequence_parallel: bool) -> 
 def with_widest_splits(program: Program, strategy: Strategy) -> Strategy:
     if strategy.tensor_parallel == 1:
         return strategy
-    splits = widest_splits(
-        program, degree=strategy.tensor_parallel, sequence_parallel=strategy.sequence_parallel
-    )
+    splits = widest_splits(program, degree=strategy.tensor_parallel, sequence_parallel=strategy.sequence_parallel)
     return strategy.model_copy(update={"splits": splits})
 
 
@@ -168,7 +185,9 @@ class Recorder(TorchDispatchMode):
     def note(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         kind, tensor, group_at = COLLECTIVES[func]
         given = args[group_at]
-        group = dist.distributed_c10d._resolve_process_group(given) if isinstance(given, str) else ProcessGroup.unbox(given)
+        group = (
+            dist.distributed_c10d._resolve_process_group(given) if isinstance(given, str) else ProcessGroup.unbox(given)
+        )
         ranks = tuple(dist.get_process_group_ranks(group))
         if kind in ("send", "recv"):
             ranks = (ranks[args[2]],)

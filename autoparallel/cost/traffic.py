@@ -316,7 +316,7 @@ def segment_flops(ops: Sequence[Op], recomputation: Recomputation, *, batch: int
 
 
 def rerun(ops: Sequence[Op], recomputation: Recomputation) -> list[Op]:
-    """The ops that backward runs again in full; selective recomputation keeps results of contractions and collectives."""
+    """The ops that backward runs again; selective recomputation keeps results of contractions and collectives."""
     again = [] if recomputation == "none" else replayed(list(ops))
     return again if recomputation == "full" else [op for op in again if not op.kept]
 

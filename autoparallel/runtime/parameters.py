@@ -255,7 +255,8 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
     for child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
             fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
-    fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+    whole = fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():
@@ -263,6 +264,16 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _adopt_shards(stage, parameters)
+
+
+def _prefetch_in_order(stage: FSDPModule, blocks: list[FSDPModule]) -> None:
+    """Backward gathers the block before the one it is in, and nothing ahead of the first. Left alone, torch goes on
+    with what ran before: the last block of another micro-batch, gathered for nothing and held through the step.
+    """
+    for index, block in enumerate(blocks):
+        block.set_modules_to_backward_prefetch([blocks[max(index - 1, 0)]])
+    if blocks:
+        stage.set_modules_to_backward_prefetch([blocks[-1]])
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
