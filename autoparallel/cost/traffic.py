@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 from autoparallel.cost.segments import replayed
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op, Parameter, TensorSpec
-from autoparallel.ir.ops import CONVERSIONS, VOCABULARY_CROSS_ENTROPY, CollectiveKind, flops
+from autoparallel.ir.ops import CONVERSIONS, DEFERRABLE, VOCABULARY_CROSS_ENTROPY, CollectiveKind, flops
 from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
-from autoparallel.schedule.actions import actions
+from autoparallel.schedule.actions import Order, actions
 from autoparallel.tensor_parallel.lower import LoweredSegment
 from autoparallel.tensor_parallel.splits import ParameterSplit, TensorParallel
 
@@ -143,6 +143,13 @@ class RankStep:
     def _plans(self) -> tuple[StagePlan, ...]:
         return self.strategy.stages_of(self.place.stage)
 
+    @property
+    def _order(self) -> Order:
+        """The rank's actions."""
+        strategy = self.strategy
+        orders = actions(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages)
+        return orders[self.place.stage]
+
     def _segments(self) -> list[tuple[int, Recomputation]]:
         """The rank's segments with their recomputation levels."""
         return [
@@ -190,9 +197,8 @@ class RankStep:
 
     def _pipeline(self) -> Traffic:
         """Sends and receives of the rank's action list: activations to the next stage, gradients to the one before."""
-        strategy, found = self.strategy, Traffic()
-        orders = actions(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages)
-        for stage, kind, _ in orders[self.place.stage]:
+        found: Traffic = Counter()
+        for stage, kind, _ in self._order:
             entering, leaving = self._boundary(stage), self._boundary(stage + 1)
             if kind == "F":
                 found += self._exchanged("forward", "recv", stage - 1, entering)
@@ -241,19 +247,37 @@ class RankStep:
         found: Traffic = Counter()
         if strategy.distribute_param == 0 or strategy.data_parallel == 1:
             return found
-        every_time = strategy.num_micro_batches
-        for unit in (unit for plan in self._plans for unit in self._units(plan)):
-            gathered = self._sharded("forward", "all_gather", unit)
-            if strategy.distribute_param == 3:
-                found[gathered] += every_time
-                found[gathered._replace(phase="backward")] += every_time
-            else:
-                found[gathered] += 1
-            trained = [p for p in unit if p.trainable]
-            if trained:
-                reduced = self._sharded("backward", "reduce_scatter", trained)
-                found[reduced] += 1 if strategy.distribute_param == 1 else every_time
+        times = strategy.num_micro_batches if strategy.distribute_param == 3 else 1
+        for stage in sorted({action.stage for action in self._order}):
+            assert strategy.stages is not None
+            for unit in self._units(strategy.stages[stage]):
+                gathered = self._sharded("forward", "all_gather", unit)
+                found[gathered] += times
+                if strategy.distribute_param == 3:
+                    found[gathered._replace(phase="backward")] += times
+                for reduced in self._reduced(unit, stage):
+                    found[self._sharded("backward", "reduce_scatter", reduced)] += 1
         return found
+
+    def _reduced(self, unit: list[Parameter], stage: int) -> list[list[Parameter]]:
+        """What each reduction of a unit's gradients holds: where backward is split, weights' gradients come with W, and
+        others wait for the next W after their I.
+        """
+        trained = [p for p in unit if p.trainable]
+        found, fresh = [], False
+        for kind in (kind for at, kind, _ in self._order if at == stage):
+            fresh = fresh or kind in "IB"
+            if kind in "WB":
+                found.append(trained if fresh else [p for p in trained if p.name in self._deferred])
+                fresh = False
+        found = [trained] if self.strategy.distribute_param == 1 else found
+        return [parameters for parameters in found if parameters]
+
+    @cached_property
+    def _deferred(self) -> set[str]:
+        """Weights whose gradients a split backward makes in its second half."""
+        ops = (op for segment, _ in self._segments() for op in self.split.lowered(self.graph, segment).ops)
+        return {op.inputs[DEFERRABLE[op.target].weight].name for op in ops if op.target in DEFERRABLE}
 
     def _sharded(self, phase: Phase, kind: CollectiveKind, unit: list[Parameter]) -> Transfer:
         ways = self.strategy.data_parallel
@@ -264,7 +288,8 @@ class RankStep:
         """Sums of gradients once a step: over replicas that hold them whole, of addends over the tensor-parallel group,
         of tied parameters over the stages that share them.
         """
-        strategy, found = self.strategy, Traffic()
+        strategy = self.strategy
+        found: Traffic = Counter()
         mine = [p for p in self.graph.parameters if p.trainable and self.place.stage in self._stages(p)]
         if strategy.distribute_param == 0 and strategy.data_parallel > 1:
             found += _summed([self._shape(p) for p in mine], "data", self._data_group)
