@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -96,13 +97,20 @@ class FakeRank:
 
 @contextmanager
 def fake_rank(
-    program: Program, config: PretrainedConfig, strategy: Strategy, *, rank: int, seq_len: int, dtype: torch.dtype
+    program: Program,
+    config: PretrainedConfig,
+    strategy: Strategy,
+    *,
+    rank: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    watched_by: AbstractContextManager[Any] = nullcontext(),
 ) -> Iterator[FakeRank]:
     """`rank` of the strategy's devices. Sends go nowhere, collectives return their buffers; no tensor has values."""
     dist.init_process_group("fake", rank=rank, world_size=strategy.num_devices, store=FakeStore())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake:
+        with fake, watched_by:
             model = fake_twin(config, fake_mode=fake, dtype=dtype)
             engine = Engine(model, program, plan_for(program, strategy, seq_len=seq_len), device=CPU)
             tokens = torch.zeros(strategy.batch_size, seq_len, dtype=torch.long)
@@ -241,3 +249,41 @@ FORMULAS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),
     torch.ops.aten.addmm_: shape_wrapper(_addmm_flops),
 }
+
+
+# ---------------------------------------------------------------------------------------- what a rank holds
+
+
+class _NoModules:
+    """In place of torch's module tracker, which serves one forward at a time; a pipeline has several in flight."""
+
+    is_bw = False
+    parents: frozenset[str] = frozenset()
+
+    def register_user_hooks(self, *hooks: Any) -> None: ...
+
+    def clear_user_hooks(self) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: Any) -> None: ...
+
+
+class Memory(MemTracker):
+    """Every storage that lives, from before the model is placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mod_tracker = _NoModules()
+
+    def forget_peak(self) -> None:
+        self._peak_mem.clear()
+        self._peak_mem_snap.clear()
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self._peak_mem.values())
+
+    @property
+    def now_bytes(self) -> int:
+        return sum(sizes["Total"] for sizes in self.get_tracker_snapshot().values())
