@@ -104,13 +104,13 @@ def fake_rank(
     rank: int,
     seq_len: int,
     dtype: torch.dtype,
-    watched_by: AbstractContextManager[Any] = nullcontext(),
+    watched_by: AbstractContextManager[Any] | None = None,
 ) -> Iterator[FakeRank]:
     """`rank` of the strategy's devices. Sends go nowhere, collectives return their buffers; no tensor has values."""
     dist.init_process_group("fake", rank=rank, world_size=strategy.num_devices, store=FakeStore())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, watched_by:
+        with fake, watched_by or nullcontext():
             model = fake_twin(config, fake_mode=fake, dtype=dtype)
             engine = Engine(model, program, plan_for(program, strategy, seq_len=seq_len), device=CPU)
             tokens = torch.zeros(strategy.batch_size, seq_len, dtype=torch.long)

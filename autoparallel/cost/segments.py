@@ -15,6 +15,7 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
 from autoparallel.ir.ops import ATTENTION, DEFERRABLE, Flops, attention_window, contracted_inputs, flops
 
+CROSS_ENTROPY = "aten.cross_entropy_loss.default"
 # Lookups touch as many rows of their first operand as they return, not the whole table.
 LOOKUPS = {"aten.embedding.default", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default"}
 
@@ -223,7 +224,10 @@ def _deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:
-    """Gradients of one op's output and of its inputs, alive together during its backward."""
+    """Gradients of one op's output and of its inputs, alive together during its backward; a loss runs as log-softmax
+    and selection, so that there are two of the logits' size.
+    """
     if op.is_view:
         return 0
-    return sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)
+    hidden = op.inputs[0].size_bytes(batch=batch, seq=seq) if op.target == CROSS_ENTROPY else 0
+    return hidden + sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)
