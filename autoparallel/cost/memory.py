@@ -19,7 +19,7 @@ activations (`_activation_bytes`), reserve (the cost table).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ def _optimizer_bytes(workload: Workload, strategy: Strategy, plans: Sequence[Sta
 
 
 class _Moment(NamedTuple):
-    """Bytes by part while one segment runs."""
+    """Bytes by part at one time."""
 
     parameters: int
     gradients: int
@@ -92,71 +92,58 @@ class _Moment(NamedTuple):
 
 
 def _moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> list[_Moment]:
-    """One for the backward of every segment, and, where parameters are gathered again and again, for every gather."""
-    counts = segment_parameters(workload, *plans)
+    """The largest of each stage."""
+    counts, precision = segment_parameters(workload, *plans), workload.precision
+    total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
     ways, level = strategy.data_parallel, strategy.distribute_param
     transients = [_transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)]
+    gradients = trainable * precision.gradient_bytes
     if ways == 1 or level == 0:
-        return [_unsharded(workload.precision, counts, transient) for transient in transients]
+        copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
+        return [_Moment(total * copies, gradients, max(transients))]
+    masters = _shard(total, ways) * precision.master_bytes
+    gathered = 0 if level == 3 else total * precision.compute_bytes
     if level == 1 and strategy.num_micro_batches > 1:
-        return [_reduced_at_the_end(workload.precision, counts, ways, transient) for transient in transients]
+        return [_Moment(masters + gathered, gradients, max(transients))]
+    shards = _Moment(masters + gathered, _shard(trainable, ways) * precision.gradient_bytes, 0)
     moments, start = [], 0
     for plan in plans:
-        stage = slice(start, start + len(_segments(plan)))
-        sharded = _Sharded(workload.precision, tuple(counts), ways, gives_back=level == 3)
-        moments += sharded.moments(stage, transients, again=strategy.num_micro_batches > 1)
-        start = stage.stop
+        stop = start + len(_segments(plan))
+        stage = _Sharded(precision, counts[start:stop], transients[start:stop], gives_back=level == 3)
+        again = strategy.num_micro_batches > 1
+        gathered_bytes, reduced_bytes, workspace = max(stage.moments(again=again), key=sum)
+        moments.append(_Moment(shards.parameters + gathered_bytes, shards.gradients + reduced_bytes, workspace))
+        start = stop
     return moments
-
-
-def _unsharded(precision: Precision, counts: list[ParameterCount], transient: int) -> _Moment:
-    copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-    trainable = sum(count.trainable for count in counts)
-    return _Moment(sum(map(_total, counts)) * copies, trainable * precision.gradient_bytes, transient)
-
-
-def _reduced_at_the_end(precision: Precision, counts: list[ParameterCount], ways: int, transient: int) -> _Moment:
-    total, trainable = sum(map(_total, counts)), sum(count.trainable for count in counts)
-    parameters = _shard(total, ways) * precision.master_bytes + total * precision.compute_bytes
-    return _Moment(parameters, trainable * precision.gradient_bytes, transient)
 
 
 @dataclass(frozen=True)
 class _Sharded:
-    """A rank whose gradients are reduced segment by segment, each copied into one buffer that lives until the next
+    """A stage whose gradients are reduced segment by segment, each copied into one buffer that lives until the next
     segment is reduced, and whose parameters may be gathered segment by segment, the one ahead prefetched.
     """
 
     precision: Precision
-    counts: tuple[ParameterCount, ...]
-    """Of all segments of the rank."""
-    ways: int
+    counts: list[ParameterCount]
+    transients: list[int]
     gives_back: bool
 
-    def moments(self, stage: slice, transients: Sequence[int], *, again: bool) -> list[_Moment]:
-        """Of one stage; `again` where another micro-batch's last reduction, that of the first segment, went before."""
-        before = self.counts[stage.start].trainable if again else 0
-        found = []
-        for s in range(stage.start, stage.stop):
-            later = self.counts[s + 1].trainable if s + 1 < stage.stop else before
-            here, ahead = _total(self.counts[s]), _total(self.counts[s - 1]) if s > stage.start else 0
-            made = 2 * self.counts[s].trainable  # its gradients, and the buffer that they are copied into
-            found.append(self.moment(gathered=here + ahead, reduced=later, workspace=transients[s]))
-            found.append(self.moment(gathered=ahead, reduced=made, workspace=0))
-            if self.gives_back:  # gathered into one buffer, copied from there into each parameter's own
-                found.append(self.moment(gathered=2 * here, reduced=before, workspace=0))
-        return found
-
-    def moment(self, *, gathered: int, reduced: int, workspace: int) -> _Moment:
-        """`gathered` elements where parameters are given back, and `reduced` ones beside the shards."""
-        total, trainable = sum(map(_total, self.counts)), sum(count.trainable for count in self.counts)
-        whole = gathered if self.gives_back else total
-        parameters = _shard(total, self.ways) * self.precision.master_bytes + whole * self.precision.compute_bytes
-        return _Moment(parameters, (_shard(trainable, self.ways) + reduced) * self.precision.gradient_bytes, workspace)
-
-
-def _total(count: ParameterCount) -> int:
-    return count.trainable + count.frozen
+    def moments(self, *, again: bool) -> Iterator[tuple[int, int, int]]:
+        """Bytes gathered, reduced and worked with, beside the shards; `again` where another micro-batch's last
+        reduction, that of the first segment, went before.
+        """
+        gather = self.precision.compute_bytes if self.gives_back else 0
+        reduce = self.precision.gradient_bytes
+        totals = [count.trainable + count.frozen for count in self.counts]
+        before = self.counts[0].trainable if again else 0
+        later = [*(count.trainable for count in self.counts[1:]), before]
+        for s, count in enumerate(self.counts):
+            ahead = totals[s - 1] if s else 0
+            yield gather * (totals[s] + ahead), reduce * later[s], self.transients[s]
+            # The segment is done: its gradients, and the buffer that they are copied into.
+            yield gather * ahead, reduce * 2 * count.trainable, 0
+            # Gathered into one buffer, copied from there into each parameter's own.
+            yield gather * 2 * totals[s], reduce * before, 0
 
 
 def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:

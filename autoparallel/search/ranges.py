@@ -153,10 +153,10 @@ class Ranges:
         inside = np.zeros_like(running)
         inside[:, 1:] = _running_max(running + np.triu(later) * gradient_bytes)[:, :-1]
         reduced = np.triu(ahead * gathers + 2 * self.trainable * gradient_bytes)
-        found = [inside, running + again * gradient_bytes, _running_max(reduced)]
-        if gathers:
-            found.append(_running_max(2 * self.total * gathers) + again * gradient_bytes)
-        return np.maximum.reduce(found)
+        gathered = _running_max(2 * self.total * gathers)
+        before = again * gradient_bytes
+        largest: Array = np.maximum.reduce([inside, running + before, _running_max(reduced), gathered + before])
+        return largest
 
     def _level(self, segment: int) -> Recomputation:
         """The highest that the strategy allows."""
