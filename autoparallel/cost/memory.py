@@ -1,24 +1,29 @@
 """Peak memory of a pipeline rank: a workload and a strategy with stages in, bytes per device by part out.
 
 States follow ZeRO (Rajbhandari et al., arXiv 1910.02054), activations Korthikanti et al. (arXiv 2205.05198). With `N`
-trainable and `F` frozen elements on the rank, `n` trainable in its largest segment, `d` = data_parallel, and `x/d` the
-largest shard:
+trainable and `F` frozen elements on the rank, `d` = data_parallel, and `x/d` the largest shard:
 
     level        parameters                                              gradients                 optimizer
     0, or d = 1  (N+F)·master + (N+F)·compute where separate             N·gradient                N·state
-    1            (N+F)/d·master + (N+F)·compute, gathered once a step    (N + N/d)·gradient        N/d·state
-    2            as 1                                                    (n + N/d)·gradient        N/d·state
-    3            (N+F)/d·master + two largest segments·compute           as 2                      N/d·state
+    1            (N+F)/d·master + (N+F)·compute, gathered once a step    N·gradient                N/d·state
+    2            as 1                                                    N/d·gradient + reductions N/d·state
+    3            (N+F)/d·master + gathered segments·compute              as 2                      N/d·state
 
-Parts and who computes them: parameters, gradients, optimizer (`_state_bytes`), activations (`_activation_bytes`),
-workspace (`_workspace_bytes`), reserve (the cost table).
+Level 1 sums whole gradients and reduces them at the end, when activations are gone and each shard takes the place of
+its whole; with one micro-batch it reduces as level 2 does. What is gathered and reduced changes from segment to segment
+(`_moments`): the peak is the largest moment.
+
+Parts and who computes them: optimizer (`_optimizer_bytes`), parameters, gradients and workspace (`_moments`),
+activations (`_activation_bytes`), reserve (the cost table).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from autoparallel.cost.workload import ParameterCount, Workload
+from autoparallel.cost.workload import ParameterCount, Precision, Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.schedule.actions import InFlight, in_flight
 
@@ -30,11 +35,13 @@ def capacity_bytes(workload: Workload) -> int:
 
 def rank_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
     """Bytes per device at the peak of a training step, by part; the strategy's `stages` must be filled."""
-    plans = strategy.stages_of(rank)
+    moment = max(_moments(workload, strategy, strategy.stages_of(rank)), key=sum)
     return {
-        **_state_bytes(workload, strategy, plans),
+        "parameters": moment.parameters,
+        "gradients": moment.gradients,
+        "optimizer": _optimizer_bytes(workload, strategy, strategy.stages_of(rank)),
         "activations": _activation_bytes(workload, strategy, rank),
-        "workspace": max(_workspace_bytes(workload, strategy, plan) for plan in plans),
+        "workspace": moment.workspace,
         "reserve": int(workload.table.reserve_bytes.value),
     }
 
@@ -70,34 +77,73 @@ def segment_parameters(workload: Workload, *plans: StagePlan) -> list[ParameterC
     return counts
 
 
-def _state_bytes(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> dict[str, int]:
-    """Parameters, gradients and optimizer states, as the module's table."""
-    precision = workload.precision
-    segments = segment_parameters(workload, *plans)
-    trainable = sum(count.trainable for count in segments)
-    total = trainable + sum(count.frozen for count in segments)
+def _optimizer_bytes(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> int:
+    trainable = sum(count.trainable for count in segment_parameters(workload, *plans))
+    ways = strategy.data_parallel if strategy.distribute_param else 1
+    return _shard(trainable, ways) * workload.precision.optimizer_state_bytes
+
+
+class _Moment(NamedTuple):
+    """Bytes by part at one time."""
+
+    parameters: int
+    gradients: int
+    workspace: int
+
+
+def _moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> list[_Moment]:
+    """The largest of each stage."""
+    counts, precision = segment_parameters(workload, *plans), workload.precision
+    total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
     ways, level = strategy.data_parallel, strategy.distribute_param
+    transients = [_transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)]
+    gradients = trainable * precision.gradient_bytes
     if ways == 1 or level == 0:
         copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-        return {
-            "parameters": total * copies,
-            "gradients": trainable * precision.gradient_bytes,
-            "optimizer": trainable * precision.optimizer_state_bytes,
-        }
-    gathered = _largest_sum([c.trainable + c.frozen for c in segments], 2) if level == 3 else total
-    # With one micro-batch, level 1 too reduces each block's gradients as soon as they are made.
-    keeps_whole = level == 1 and strategy.num_micro_batches > 1
-    whole_gradients = trainable if keeps_whole else max(c.trainable for c in segments)
-    shard = _shard(trainable, ways)
-    return {
-        "parameters": _shard(total, ways) * precision.master_bytes + gathered * precision.compute_bytes,
-        "gradients": (whole_gradients + shard) * precision.gradient_bytes,
-        "optimizer": shard * precision.optimizer_state_bytes,
-    }
+        return [_Moment(total * copies, gradients, max(transients))]
+    masters = _shard(total, ways) * precision.master_bytes
+    gathered = 0 if level == 3 else total * precision.compute_bytes
+    if level == 1 and strategy.num_micro_batches > 1:
+        return [_Moment(masters + gathered, gradients, max(transients))]
+    shards = _Moment(masters + gathered, _shard(trainable, ways) * precision.gradient_bytes, 0)
+    moments, start = [], 0
+    for plan in plans:
+        stop = start + len(_segments(plan))
+        stage = _Sharded(precision, counts[start:stop], transients[start:stop], gives_back=level == 3)
+        again = strategy.num_micro_batches > 1
+        gathered_bytes, reduced_bytes, workspace = max(stage.moments(again=again), key=sum)
+        moments.append(_Moment(shards.parameters + gathered_bytes, shards.gradients + reduced_bytes, workspace))
+        start = stop
+    return moments
 
 
-def _largest_sum(values: Sequence[int], count: int) -> int:
-    return sum(sorted(values)[-count:])
+@dataclass(frozen=True)
+class _Sharded:
+    """A stage whose gradients are reduced segment by segment, each copied into one buffer that lives until the next
+    segment is reduced, and whose parameters may be gathered segment by segment, the one ahead prefetched.
+    """
+
+    precision: Precision
+    counts: list[ParameterCount]
+    transients: list[int]
+    gives_back: bool
+
+    def moments(self, *, again: bool) -> Iterator[tuple[int, int, int]]:
+        """Bytes gathered, reduced and worked with, beside the shards; `again` where another micro-batch's last
+        reduction, that of the first segment, went before.
+        """
+        gather = self.precision.compute_bytes if self.gives_back else 0
+        reduce = self.precision.gradient_bytes
+        totals = [count.trainable + count.frozen for count in self.counts]
+        before = self.counts[0].trainable if again else 0
+        later = [*(count.trainable for count in self.counts[1:]), before]
+        for s, count in enumerate(self.counts):
+            ahead = totals[s - 1] if s else 0
+            yield gather * (totals[s] + ahead), reduce * later[s], self.transients[s]
+            # The segment is done: its gradients, and the buffer that they are copied into.
+            yield gather * ahead, reduce * 2 * count.trainable, 0
+            # Gathered into one buffer, copied from there into each parameter's own.
+            yield gather * 2 * totals[s], reduce * before, 0
 
 
 def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:
@@ -146,10 +192,7 @@ def _boundary_bytes(workload: Workload, strategy: Strategy, segment: int) -> int
     return workload.cost(segment, strategy.batch_per_device).input_bytes
 
 
-def _workspace_bytes(workload: Workload, strategy: Strategy, plan: StagePlan) -> int:
-    """The largest transient of one segment: its workspace, and the activations that its backward rebuilds."""
-    transients = []
-    for segment in _segments(plan):
-        level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
-        transients.append(workload.cost(segment, strategy.batch_per_device).transient_bytes(level))
-    return max(transients)
+def _transient_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:
+    """Of a segment's backward: its workspace, and the activations that it rebuilds."""
+    level = plan.recomputation_of(segment, num_segments=len(workload.segment_classes))
+    return workload.cost(segment, strategy.batch_per_device).transient_bytes(level)

@@ -32,6 +32,7 @@ from autoparallel.ir.ops import (
 from autoparallel.tensor_parallel.lower import LoweredSegment
 from autoparallel.tensor_parallel.splits import TensorParallel
 
+CROSS_ENTROPY = "aten.cross_entropy_loss.default"
 # Lookups touch as many rows of their first operand as they return, not the whole table.
 LOOKUPS = {
     "aten.embedding.default",
@@ -287,7 +288,10 @@ def _deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:
-    """Gradients of one op's output and of its inputs, alive together during its backward."""
+    """Gradients of one op's output and of its inputs, alive together during its backward; a loss runs as log-softmax
+    and selection, so that there are two of the logits' size.
+    """
     if op.is_view:
         return 0
-    return sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)
+    hidden = op.inputs[0].size_bytes(batch=batch, seq=seq) if op.target == CROSS_ENTROPY else 0
+    return hidden + sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)

@@ -38,7 +38,10 @@ class DeferredContraction(nn.Module):
         at = self.operands
         bias = args[at.bias] if at.bias < len(args) else None
         if torch.is_grad_enabled():
-            result: Tensor = _Contraction.apply(self, args[at.value], args[at.weight], bias)
+            value, weight = args[at.value], args[at.weight]
+            output_gradients: list[Tensor] = []
+            kept = _Kept.apply(self, output_gradients, value, weight)
+            result: Tensor = _Contraction.apply(self, output_gradients, value.requires_grad, kept, weight, bias)
             return result
         return functional.linear(args[at.value], self.matrix(args[at.weight]), bias)
 
@@ -61,20 +64,49 @@ class DeferredContraction(nn.Module):
             weight.grad.addmm_(left.t(), right)
 
 
-class _Contraction(torch.autograd.Function):
+class _Kept(torch.autograd.Function):
+    """The value, kept for the weight's gradient. It is saved before the contraction runs, so that recomputation, which
+    ends with the last tensor that is saved, does not run the last contraction of a block again.
+    """
+
     @staticmethod
-    def forward(ctx: Any, owner: DeferredContraction, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.owner, ctx.weight = owner, weight
+    def forward(
+        ctx: Any, owner: DeferredContraction, output_gradients: list[Tensor], value: Tensor, weight: Tensor
+    ) -> Tensor:
+        ctx.owner, ctx.output_gradients, ctx.weight = owner, output_gradients, weight
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(value)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, value_gradient: Tensor | None) -> tuple[None, None, Tensor | None, None]:
+        (value,) = ctx.saved_tensors
+        ctx.owner.pending.append(_Pending(ctx.weight, value, ctx.output_gradients.pop()))
+        return None, None, value_gradient, None
+
+
+class _Contraction(torch.autograd.Function):
+    """Leaves the gradient of its output to `_Kept`, whose backward runs next."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        owner: DeferredContraction,
+        output_gradients: list[Tensor],
+        needs_value: bool,
+        value: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.owner, ctx.output_gradients, ctx.needs_value, ctx.weight = owner, output_gradients, needs_value, weight
         return functional.linear(value, owner.matrix(weight), bias)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
-        (value,) = ctx.saved_tensors
-        ctx.owner.pending.append(_Pending(ctx.weight, value, output_gradient))
-        _, needs_value, _, needs_bias = ctx.needs_input_grad
-        value_gradient = output_gradient @ ctx.owner.matrix(ctx.weight) if needs_value else None
-        return None, value_gradient, None, output_gradient.flatten(0, -2).sum(0) if needs_bias else None
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[None, None, None, Tensor | None, None, Tensor | None]:
+        ctx.output_gradients.append(output_gradient)
+        value_gradient = output_gradient @ ctx.owner.matrix(ctx.weight) if ctx.needs_value else None
+        bias_gradient = output_gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+        return None, None, None, value_gradient, None, bias_gradient
 
 
 def defer_weight_gradients(stage: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_shard", "tp")
@@ -24,8 +25,10 @@ class Mesh:
 
     @classmethod
     def create(cls, *, num_stages: int, data_parallel: int, tensor_parallel: int, device_type: str) -> Mesh:
+        """Ranks are read from the mesh's own tensors, which have values even where the model's are fake."""
         shape = (num_stages, data_parallel, tensor_parallel)
-        return cls(init_device_mesh(device_type, shape, mesh_dim_names=AXES), *shape)
+        with unset_fake_temporarily():
+            return cls(init_device_mesh(device_type, shape, mesh_dim_names=AXES), *shape)
 
     @property
     def stage(self) -> int:

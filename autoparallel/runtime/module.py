@@ -79,9 +79,7 @@ class ParallelModule:
         engine.fingerprint.check(self)
         engine.train_mode(self.training)
         if wants_gradients and batch.labels is not None:
-            loss, gradients = engine.train(batch)
-            masters = [p.master for p in engine.parameters.trained()]
-            output: Any = TrainingOutput(loss=_Deposit.apply(loss, gradients, *masters))
+            output: Any = TrainingOutput(loss=training_loss(engine, batch))
         else:
             loss, logits = engine.evaluate(batch)
             logits = logits[:, -(given.get("logits_to_keep") or 0) :]
@@ -227,6 +225,13 @@ def parallelize(model: nn.Module, start: EngineFactory, *, device: torch.device)
         cls.__name__, (ParallelModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     )
     return model
+
+
+def training_loss(engine: Engine, batch: Batch) -> Tensor:
+    """Run one step; the loss of the whole batch, whose `backward()` deposits the gradients that the step made."""
+    loss, gradients = engine.train(batch)
+    result: Tensor = _Deposit.apply(loss, gradients, *(p.master for p in engine.parameters.trained()))
+    return result
 
 
 class _Deposit(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
 from autoparallel.emit.stage import taken
 from autoparallel.ir.graph import Parameter
@@ -247,7 +248,8 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
     for child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
             fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
-    fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+    whole = fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():
@@ -255,6 +257,16 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _adopt_shards(stage, parameters)
+
+
+def _prefetch_in_order(stage: FSDPModule, blocks: list[FSDPModule]) -> None:
+    """Backward gathers the block before the one it is in, and nothing ahead of the first. Left alone, torch goes on
+    with what ran before: the last block of another micro-batch, gathered for nothing and held through the step.
+    """
+    for index, block in enumerate(blocks):
+        block.set_modules_to_backward_prefetch([blocks[max(index - 1, 0)]])
+    if blocks:
+        stage.set_modules_to_backward_prefetch([blocks[-1]])
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
@@ -276,22 +288,11 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup, bucket_bytes: int = 64 << 20) -> None:
-    """Sum in flat buckets of one dtype: many small reductions cost latency, one huge copy costs memory."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in [*tensors, None]:
-        full = (
-            tensor is None or size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0].dtype
-            if bucket
-            else tensor is None
-        )
-        if full and bucket:
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat, group=group)
-            for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                target.copy_(summed.view_as(target))
-            bucket, size = [], 0
-        if tensor is not None:
-            bucket.append(tensor)
-            size += tensor.nbytes
+def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum in flat buckets."""
+    for indices in buckets([(str(tensor.dtype), tensor.nbytes) for tensor in tensors]):
+        bucket = [tensors[i] for i in indices]
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat, group=group)
+        for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            target.copy_(summed.view_as(target))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import _make_tensor_from_meta
+from torch.distributed.pipelining._utils import InferenceMode, _make_tensor_from_meta
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
 from autoparallel.emit.deferred import DeferredContraction
@@ -197,6 +197,17 @@ class Schedule(_PipelineScheduleRuntime):
         self._prepare_schedule_with_comms(
             {rank: [_Action.from_str(repr(action)) for action in order] for rank, order in enumerate(orders)}
         )
+
+    def _warmup_p2p(self, stages: list[Stage], has_backward: bool, p2p_done: bool) -> None:  # type: ignore[override]
+        """torch's vote on whether to infer shapes opens the connections between stages; shapes are given, so its
+        outcome is known and not read.
+        """
+        passed: Tensor | None = None
+        for stage in stages:
+            passed = stage._warmup_forward_vote(has_backward, received_acc=passed)
+        for stage in reversed(stages):
+            passed = stage._warmup_backward_result(received_result=passed)
+            stage._inference_mode = InferenceMode.STATIC
 
     def run(self, micro_batches: list[Inputs]) -> list[Tensor]:
         """Forward and backward of all micro-batches; their losses where the last stage is, nothing elsewhere."""

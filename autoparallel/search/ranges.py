@@ -128,28 +128,37 @@ class Ranges:
 
     @cached_property
     def _fixed_bytes(self) -> Array:
-        """Parameters, gradients, optimizer states, workspace and reserve."""
-        transient = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
-        workspace = np.maximum.accumulate(_from_first(np.array(transient, dtype=np.int64)), axis=1)
-        return self._state_bytes + workspace + int(self.workload.table.reserve_bytes.value)
-
-    @cached_property
-    def _state_bytes(self) -> Array:
+        """Parameters, gradients, optimizer states, workspace and reserve: the largest moment of `cost.memory`."""
         precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.data_parallel
+        transients = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
+        transient = _from_first(np.array(transients, dtype=np.int64))
         trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
+        reserve = int(self.workload.table.reserve_bytes.value)
         if ways == 1 or level == 0:
             copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-            return total * copies + trainable * (precision.gradient_bytes + precision.optimizer_state_bytes)
-        gathered = _two_largest(self.total) if level == 3 else total
-        keeps_whole = level == 1 and self.strategy.num_micro_batches > 1
-        whole_gradients = trainable if keeps_whole else np.maximum.accumulate(self.trainable, axis=1)
-        shard = -(-trainable // ways)
-        return (
-            -(-total // ways) * precision.master_bytes
-            + gathered * precision.compute_bytes
-            + (whole_gradients + shard) * precision.gradient_bytes
-            + shard * precision.optimizer_state_bytes
-        )
+            states = total * copies + trainable * (precision.gradient_bytes + precision.optimizer_state_bytes)
+            return states + _running_max(transient) + reserve
+        sharded = -(-total // ways) * precision.master_bytes + -(-trainable // ways) * precision.optimizer_state_bytes
+        whole = 0 if level == 3 else total * precision.compute_bytes
+        if level == 1 and self.strategy.num_micro_batches > 1:
+            return sharded + whole + trainable * precision.gradient_bytes + _running_max(transient) + reserve
+        return sharded + whole + -(-trainable // ways) * precision.gradient_bytes + self._moments(transient) + reserve
+
+    def _moments(self, transient: Array) -> Array:
+        """The largest of what a stage gathers, reduces and works with at one time, beside its shards."""
+        gathers = self.workload.precision.compute_bytes if self.strategy.distribute_param == 3 else 0
+        gradient_bytes = self.workload.precision.gradient_bytes
+        again = np.diag(self.trainable)[:, None] if self.strategy.num_micro_batches > 1 else np.int64(0)
+        ahead, later = np.zeros_like(self.total), np.zeros_like(self.trainable)
+        ahead[:, 1:], later[:, :-1] = self.total[:, :-1], self.trainable[:, 1:]
+        running = np.triu((self.total + ahead) * gathers + transient)
+        inside = np.zeros_like(running)
+        inside[:, 1:] = _running_max(running + np.triu(later) * gradient_bytes)[:, :-1]
+        reduced = np.triu(ahead * gathers + 2 * self.trainable * gradient_bytes)
+        gathered = _running_max(2 * self.total * gathers)
+        before = again * gradient_bytes
+        largest: Array = np.maximum.reduce([inside, running + before, _running_max(reduced), gathered + before])
+        return largest
 
     def _level(self, segment: int) -> Recomputation:
         """The highest that the strategy allows."""
@@ -175,10 +184,6 @@ def _each(seconds_of: Callable[[int], float], elements: Array) -> Array:
     return np.array([_ps(seconds_of(int(n))) for n in distinct], dtype=np.int64)[where].reshape(elements.shape)
 
 
-def _two_largest(values: Array) -> Array:
-    """Running sum of the two largest entries of each row."""
-    largest = np.maximum.accumulate(values, axis=1)
-    second = np.zeros_like(values)
-    for last in range(1, values.shape[1]):
-        second[:, last] = np.maximum(second[:, last - 1], np.minimum(values[:, last], largest[:, last - 1]))
-    return largest + second
+def _running_max(values: Array) -> Array:
+    found: Array = np.maximum.accumulate(values, axis=1)
+    return found

@@ -1,0 +1,108 @@
+"""Peak memory of a rank as torch's MemTracker sees it, against the memory model: AdamW's moments included, the reserve
+left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, PretrainedConfig
+
+from autoparallel.capture.program import Program, capture
+from autoparallel.cost.memory import rank_memory
+from autoparallel.plans.strategy import Strategy
+from tests.fake_cluster import Memory, fake_rank, llama_70b, qwen_7b, with_widest_splits
+from tests.lowered import lowered_workload
+from tests.strategies import even_stages
+
+TOLERANCE = 0.05
+
+
+def small() -> PretrainedConfig:
+    """Large enough that tensors weigh more than scalars."""
+    return LlamaConfig(
+        num_hidden_layers=4, hidden_size=256, num_attention_heads=8, num_key_value_heads=4, intermediate_size=688,
+        vocab_size=4096, max_position_embeddings=1024, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+CONFIGS = {"small": (small, 512), "qwen-7b": (qwen_7b, 4096), "llama-70b": (llama_70b, 4096)}
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Program]:
+    return {}
+
+
+def check(name: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:
+    """The first rank of every pipeline stage."""
+    make, seq_len = CONFIGS[name]
+    config = make()
+    if name not in programs:
+        programs[name] = capture(config, dtype=torch.bfloat16)
+    program, strategy = programs[name], Strategy(**fields)
+    strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
+    workload = lowered_workload(program.graph, strategy, seq_len=seq_len, tensor_index=0)
+    found = []
+    for stage in range(strategy.num_stages):
+        parts = rank_memory(workload, strategy, rank=stage)
+        predicted = sum(parts.values()) - parts["reserve"]
+        rank = stage * strategy.data_parallel * strategy.tensor_parallel
+        found.append((predicted, tracked_bytes(program, config, strategy, rank=rank, seq_len=seq_len)))
+    for stage, (predicted, tracked) in enumerate(found):
+        assert abs(predicted / tracked - 1) < TOLERANCE, f"stage {stage}: {predicted=:,} {tracked=:,} in {found}"
+
+
+def tracked_bytes(program: Program, config: PretrainedConfig, strategy: Strategy, *, rank: int, seq_len: int) -> int:
+    """Of a whole second step, the optimizer's among it."""
+    memory = Memory()
+    with fake_rank(
+        program, config, strategy, rank=rank, seq_len=seq_len, dtype=torch.bfloat16, watched_by=memory
+    ) as alone:
+        alone.step()
+        memory.forget_peak()
+        alone.step()
+    return memory.peak_bytes
+
+
+SIZE: dict[str, Any] = {"num_stages": 2, "data_parallel": 4, "num_micro_batches": 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"recomputation": "none"},
+        {"recomputation": "full", "tensor_parallel": 2},
+        {"recomputation": "selective", "tensor_parallel": 2, "sequence_parallel": True, "data_parallel": 1},
+        {"recomputation": "selective", "distribute_param": 1},
+        {"recomputation": "none", "distribute_param": 3},
+    ],
+)
+def test_a_small_model(fields: dict[str, Any], programs: dict[str, Program]) -> None:
+    check("small", SIZE | fields, programs)
+
+
+QWEN: dict[str, Any] = {"num_stages": 4, "num_micro_batches": 8}
+LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel": 2, "num_micro_batches": 8}
+SEQUENCE: dict[str, Any] = {"sequence_parallel": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full"}),
+        ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 1}),
+        ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 3}),
+        ("qwen-7b", QWEN | {"data_parallel": 2, "tensor_parallel": 4, "recomputation": "selective"}),
+        ("qwen-7b", QWEN | SEQUENCE | {"tensor_parallel": 8}),
+        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full"}),
+        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "selective", "distribute_param": 1}),
+        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full", "distribute_param": 3}),
+        ("llama-70b", LLAMA | {"recomputation": "selective", "distribute_param": 3}),
+    ],
+)
+def test_full_size_models(name: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:
+    check(name, fields, programs)

@@ -1,0 +1,174 @@
+"""What each rank communicates and contracts in one step equals what is computed from the lowered graph: nothing priced
+that is not run, nothing run that is not priced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from autoparallel.capture.program import Program, capture
+from autoparallel.cost.traffic import RankStep, Traffic, buckets
+from autoparallel.plans.strategy import Strategy
+from tests.fake_cluster import Recorder, Seen, fake_rank, llama_70b, qwen_7b, with_widest_splits
+from tests.families import FAMILIES, UNSEEN
+from tests.strategies import even_stages
+
+SEQ = 16
+CONFIGS = {**FAMILIES, **UNSEEN, "qwen-7b": qwen_7b, "llama-70b": llama_70b}
+HUGE = {"qwen-7b", "llama-70b"}
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Program]:
+    return {}
+
+
+def check(family: str, strategy: Strategy, ranks: Iterable[int], programs: dict[str, Program]) -> None:
+    """Every rank's second step, line by line."""
+    config, dtype = CONFIGS[family](), torch.bfloat16 if family in HUGE else torch.float32
+    if family not in programs:
+        programs[family] = capture(config, dtype=dtype)
+    program, seq_len = programs[family], 4096 if family in HUGE else SEQ
+    strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
+    for rank in ranks:
+        recorder = second_step(program, config, strategy, rank=rank, seq_len=seq_len, dtype=dtype)
+        expected = RankStep(program.graph, strategy, seq_len, rank)
+        assert not differences(recorder.transfers, as_seen(expected.traffic())), f"rank {rank}"
+        assert not differences(recorder.flops, expected.flops()), f"rank {rank}"
+
+
+def second_step(program: Program, config: PretrainedConfig, strategy: Strategy, *, rank: int, **size: Any) -> Recorder:
+    """The first one also opens connections."""
+    with fake_rank(program, config, strategy, rank=rank, **size) as alone:
+        alone.step()
+        with Recorder() as recorder:
+            alone.step()
+    return recorder
+
+
+def as_seen(traffic: Traffic) -> Counter[Seen]:
+    """Sends, and the sums at the end of a step, run outside of the stages' modules, like backward."""
+    found: Counter[Seen] = Counter()
+    for transfer, count in traffic.items():
+        outside = transfer.phase == "step" or transfer.axis == "pipeline"
+        phase = "backward" if outside else transfer.phase
+        found[Seen(phase, transfer.kind, transfer.ranks, transfer.dtype, transfer.size_bytes)] += count
+    return found
+
+
+def differences(run: Counter[Any], predicted: Counter[Any]) -> list[str]:
+    return [
+        f"{line}: {run[line]} run, {predicted[line]} predicted"
+        for line in sorted(run | predicted)
+        if run[line] != predicted[line]
+    ]
+
+
+def ends(strategy: Strategy) -> tuple[int, int]:
+    return 0, strategy.num_devices - 1
+
+
+SIZE: dict[str, Any] = {"num_stages": 2, "data_parallel": 2, "num_micro_batches": 3}
+SAMPLE = {
+    "replicas": ("llama", {}),
+    "tensor": ("llama", {"tensor_parallel": 2}),
+    "tensor-full": ("llama", {"tensor_parallel": 2, "recomputation": "full"}),
+    "tensor-selective": ("qwen2", {"tensor_parallel": 4, "recomputation": "selective"}),
+    "sequence": ("qwen2", {"tensor_parallel": 2, "sequence_parallel": True}),
+    "sequence-full": ("llama", {"tensor_parallel": 4, "sequence_parallel": True, "recomputation": "full"}),
+    "sequence-selective-gpt2": (
+        "gpt2",
+        {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "selective", "distribute_param": 1},
+    ),
+    "masters-sharded": ("qwen2", {"distribute_param": 1, "recomputation": "full"}),
+    "gradients-sharded": ("llama", {"distribute_param": 2, "tensor_parallel": 2}),
+    "parameters-sharded": ("llama", {"distribute_param": 3, "recomputation": "full"}),
+    "parameters-sharded-sequence": (
+        "qwen2",
+        {"distribute_param": 3, "tensor_parallel": 2, "sequence_parallel": True, "recomputation": "selective"},
+    ),
+    "one-stage-tied": ("qwen2", {"num_stages": 1, "distribute_param": 2, "tensor_parallel": 2}),
+    "one-stage": ("llama", {"num_stages": 1, "data_parallel": 1, "tensor_parallel": 2, "sequence_parallel": True}),
+    "gpipe": ("llama", {"schedule": "gpipe", "distribute_param": 3, "tensor_parallel": 2}),
+    "interleaved": (
+        "qwen2",
+        {"schedule": "interleaved", "virtual_stages": 2, "num_micro_batches": 4, "tensor_parallel": 2},
+    ),
+    "interleaved-sharded": (
+        "llama",
+        {"schedule": "interleaved", "virtual_stages": 2, "num_micro_batches": 4, "distribute_param": 3},
+    ),
+    "zero-bubble": ("llama", {"schedule": "zero_bubble", "tensor_parallel": 2, "sequence_parallel": True}),
+    "zero-bubble-sharded": ("qwen2", {"schedule": "zero_bubble", "distribute_param": 3, "recomputation": "full"}),
+    "windowed": ("mistral", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_step_communicates_what_is_predicted(name: str, programs: dict[str, Program]) -> None:
+    family, changes = SAMPLE[name]
+    strategy = Strategy(**(SIZE | changes))
+    check(family, strategy, ends(strategy), programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("tensor", [(1, False), (2, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_every_combination(
+    family: str, tensor: tuple[int, bool], schedule: Any, recomputation: Any, programs: dict[str, Program]
+) -> None:
+    degree, by_tokens = tensor
+    fields = SIZE | {"num_micro_batches": 4, "tensor_parallel": degree, "sequence_parallel": by_tokens}
+    fields |= {"schedule": schedule, "virtual_stages": 2 if schedule == "interleaved" else 1}
+    for level in range(4):
+        strategy = Strategy(recomputation=recomputation, distribute_param=level, **fields)
+        check(family, strategy, ends(strategy), programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in UNSEEN if family not in ("phi3", "gemma2")])
+def test_other_families(family: str, programs: dict[str, Program]) -> None:
+    for by_tokens in (False, True):
+        fields = SIZE | {"tensor_parallel": 2, "sequence_parallel": by_tokens, "recomputation": "full"}
+        strategy = Strategy(distribute_param=3, **fields)
+        check(family, strategy, ends(strategy), programs)
+
+
+QWEN: dict[str, Any] = {"num_stages": 4, "num_micro_batches": 8}
+LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel": 2, "num_micro_batches": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen-7b", QWEN | {"data_parallel": 8, "distribute_param": 1, "recomputation": "selective"}),
+        ("qwen-7b", QWEN | {"tensor_parallel": 4, "data_parallel": 2, "recomputation": "full"}),
+        ("qwen-7b", QWEN | {"tensor_parallel": 8, "sequence_parallel": True, "schedule": "zero_bubble"}),
+        ("llama-70b", LLAMA | {"distribute_param": 1, "recomputation": "full"}),
+        ("llama-70b", LLAMA | {"sequence_parallel": True, "distribute_param": 3, "recomputation": "selective"}),
+        (
+            "llama-70b",
+            LLAMA | {"sequence_parallel": True, "schedule": "interleaved", "virtual_stages": 5, "distribute_param": 2},
+        ),
+    ],
+)
+def test_full_size_models(family: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:
+    strategy = Strategy(**fields)
+    middle = strategy.num_devices // 2 + 1
+    check(family, strategy, (0, middle, strategy.num_devices - 1), programs)
+
+
+def test_buckets() -> None:
+    sizes = [("float32", 40), ("float32", 60), ("float32", 1), ("bfloat16", 1), ("bfloat16", 200), ("bfloat16", 0)]
+    found = [list(bucket) for bucket in buckets(sizes, limit_bytes=100)]
+    assert found == [[0, 1], [2], [3], [4], [5]]
+    assert buckets([]) == []
