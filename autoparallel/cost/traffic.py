@@ -20,8 +20,9 @@ from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op, Parameter, TensorSpec
 from autoparallel.ir.ops import CONVERSIONS, DEFERRABLE, VOCABULARY_CROSS_ENTROPY, CollectiveKind, flops
 from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
 from autoparallel.schedule.actions import Order, actions
+from autoparallel.tensor_parallel.layout import ParameterSplit
 from autoparallel.tensor_parallel.lower import LoweredSegment
-from autoparallel.tensor_parallel.splits import ParameterSplit, TensorParallel
+from autoparallel.tensor_parallel.splits import TensorParallel
 
 Phase = Literal["forward", "recompute", "backward", "step"]
 """`step` comes once, after the schedule."""
