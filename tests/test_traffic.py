@@ -13,10 +13,13 @@ import torch
 from transformers import PretrainedConfig
 
 from autoparallel.capture.program import Program, capture
+from autoparallel.cost.collectives import Topology
 from autoparallel.cost.traffic import RankStep, Traffic, buckets
 from autoparallel.plans.strategy import Strategy
+from autoparallel.search.stage_times import stage_seconds
 from tests.fake_cluster import Recorder, Seen, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.families import FAMILIES, UNSEEN
+from tests.lowered import lowered_workload
 from tests.strategies import even_stages
 
 SEQ = 16
@@ -172,3 +175,40 @@ def test_buckets() -> None:
     found = [list(bucket) for bucket in buckets(sizes, limit_bytes=100)]
     assert found == [[0, 1], [2], [3], [4], [5]]
     assert buckets([]) == []
+
+
+PRICED = [
+    "tensor",
+    "tensor-full",
+    "sequence",
+    "sequence-full",
+    "sequence-selective-gpt2",
+    "parameters-sharded-sequence",
+]
+
+
+@pytest.mark.parametrize("name", PRICED)
+def test_the_price_is_that_of_what_is_communicated(name: str, programs: dict[str, Program]) -> None:
+    """Tensor parallelism, stage by stage: seconds of the plan are seconds of the transfers."""
+    family, changes = SAMPLE[name]
+    if family not in programs:
+        programs[family] = capture(CONFIGS[family](), dtype=torch.float32)
+    program = programs[family]
+    strategy = Strategy(**(SIZE | changes))
+    strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
+    workload = lowered_workload(program.graph, strategy, seq_len=SEQ, tensor_index=0)
+    topology = Topology(workload.flavor, workload.table)
+    for stage, plan in enumerate(strategy.stages or ()):
+        rank = stage * strategy.data_parallel * strategy.tensor_parallel
+        traffic = RankStep(program.graph, strategy, SEQ, rank).traffic()
+        spent: Counter[str] = Counter()
+        for transfer, count in traffic.items():
+            if transfer.axis == "tensor" and transfer.phase != "step":
+                time = getattr(topology, f"{transfer.kind}_s")
+                spent[transfer.phase] += count * time(transfer.size_bytes, group_size=strategy.tensor_parallel)
+        seconds = stage_seconds(workload, strategy, plan)
+        micro_batches = strategy.num_micro_batches
+        assert micro_batches * seconds.forward_tensor_s == pytest.approx(spent["forward"])
+        assert micro_batches * seconds.backward_tensor_s == pytest.approx(spent["backward"])
+        assert spent["forward"] > 0
+        assert (spent["recompute"] > 0) == (strategy.recomputation == "full")
