@@ -13,10 +13,9 @@ import torch
 from transformers import PretrainedConfig
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.collectives import Topology
 from autoparallel.cost.traffic import RankStep, Traffic, buckets
 from autoparallel.plans.strategy import Strategy
-from autoparallel.search.stage_times import stage_seconds
+from autoparallel.search.stage_times import Overheads, StageSeconds, stage_seconds
 from tests.fake_cluster import Recorder, Seen, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.families import FAMILIES, UNSEEN
 from tests.lowered import lowered_workload
@@ -177,19 +176,14 @@ def test_buckets() -> None:
     assert buckets([]) == []
 
 
-PRICED = [
-    "tensor",
-    "tensor-full",
-    "sequence",
-    "sequence-full",
-    "sequence-selective-gpt2",
-    "parameters-sharded-sequence",
-]
+TENSOR_PARALLEL = ["tensor", "tensor-full", "sequence", "sequence-full", "sequence-selective-gpt2"]
+SHARDED = ["replicas", "masters-sharded", "gradients-sharded", "parameters-sharded", "parameters-sharded-sequence"]
 
 
-@pytest.mark.parametrize("name", PRICED)
-def test_the_price_is_that_of_what_is_communicated(name: str, programs: dict[str, Program]) -> None:
-    """Tensor parallelism, stage by stage: seconds of the plan are seconds of the transfers."""
+def spent_and_priced(
+    name: str, axis: str, programs: dict[str, Program]
+) -> list[tuple[Counter[str], StageSeconds, int]]:
+    """By stage: the seconds of its transfers by phase, what the plan says, and micro-batches."""
     family, changes = SAMPLE[name]
     if family not in programs:
         programs[family] = capture(CONFIGS[family](), dtype=torch.float32)
@@ -197,18 +191,30 @@ def test_the_price_is_that_of_what_is_communicated(name: str, programs: dict[str
     strategy = Strategy(**(SIZE | changes))
     strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
     workload = lowered_workload(program.graph, strategy, seq_len=SEQ, tensor_index=0)
-    topology = Topology(workload.flavor, workload.table)
+    overheads, found = Overheads(workload, strategy), []
+    group = {"tensor": {"group_size": strategy.tensor_parallel}, "data": overheads.replicas}[axis]
     for stage, plan in enumerate(strategy.stages or ()):
         rank = stage * strategy.data_parallel * strategy.tensor_parallel
-        traffic = RankStep(program.graph, strategy, SEQ, rank).traffic()
         spent: Counter[str] = Counter()
-        for transfer, count in traffic.items():
-            if transfer.axis == "tensor" and transfer.phase != "step":
-                time = getattr(topology, f"{transfer.kind}_s")
-                spent[transfer.phase] += count * time(transfer.size_bytes, group_size=strategy.tensor_parallel)
-        seconds = stage_seconds(workload, strategy, plan)
-        micro_batches = strategy.num_micro_batches
+        for transfer, count in RankStep(program.graph, strategy, SEQ, rank).traffic().items():
+            if transfer.axis == axis:
+                time_s = getattr(overheads.topology, f"{transfer.kind}_s")
+                spent[transfer.phase] += count * time_s(transfer.size_bytes, **group)
+        found.append((spent, stage_seconds(workload, strategy, plan), strategy.num_micro_batches))
+    return found
+
+
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_tensor_parallelism_is_priced_as_it_communicates(name: str, programs: dict[str, Program]) -> None:
+    for spent, seconds, micro_batches in spent_and_priced(name, "tensor", programs):
         assert micro_batches * seconds.forward_tensor_s == pytest.approx(spent["forward"])
         assert micro_batches * seconds.backward_tensor_s == pytest.approx(spent["backward"])
         assert spent["forward"] > 0
-        assert (spent["recompute"] > 0) == (strategy.recomputation == "full")
+        assert (spent["recompute"] > 0) == name.endswith("full")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_data_parallelism_is_priced_as_it_communicates(name: str, programs: dict[str, Program]) -> None:
+    for spent, seconds, micro_batches in spent_and_priced(name, "data", programs):
+        priced_s = seconds.start_s + seconds.reduce_s + micro_batches * seconds.comm_s
+        assert priced_s == pytest.approx(sum(spent.values()))
