@@ -20,7 +20,11 @@ from tests.ranks import run_ranks
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
 TENSOR_PARALLEL = Strategy(tensor_parallel=2, sequence_parallel=True, batch_per_device=2, num_micro_batches=2)
-PLANS = [PIPELINED, SHARDED, TENSOR_PARALLEL]
+PLANS = [
+    pytest.param(PIPELINED, id="pipelined"),
+    pytest.param(SHARDED, id="sharded"),
+    pytest.param(TENSOR_PARALLEL, id="tensor-parallel", marks=pytest.mark.slow),
+]
 
 
 def _forward(model: nn.Module) -> Any:
@@ -118,7 +122,7 @@ def refusals(strategy: Strategy) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("strategy", PLANS, ids=["pipelined", "sharded", "tensor-parallel"])
+@pytest.mark.parametrize("strategy", PLANS)
 def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
     for found in run_ranks(2, refusals, strategy):
         assert found == [f"{habit.__name__}: refused" for habit in REFUSED]
@@ -155,7 +159,7 @@ def resumed(strategy: Strategy) -> tuple[list[float], list[float]]:
     return plain, loop(parallel(make(), program, strategy), lambda: parallel(make(), program, strategy))
 
 
-@pytest.mark.parametrize("strategy", PLANS, ids=["pipelined", "sharded", "tensor-parallel"])
+@pytest.mark.parametrize("strategy", PLANS)
 def test_a_run_resumes_with_its_optimizer(strategy: Strategy) -> None:
     for plain, found in run_ranks(2, resumed, strategy):
         assert found == pytest.approx(plain, rel=1e-5)
@@ -190,7 +194,7 @@ def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
     return numbers(copy.deepcopy(model)), numbers(parallel(model, capture(model), strategy))
 
 
-@pytest.mark.parametrize("strategy", PLANS, ids=["pipelined", "sharded", "tensor-parallel"])
+@pytest.mark.parametrize("strategy", PLANS)
 def test_numbers_between_steps_are_those_of_the_whole_model(strategy: Strategy) -> None:
     for plain, found in run_ranks(2, habits, strategy):
         assert found == pytest.approx(plain, rel=1e-5)

@@ -26,6 +26,8 @@ from tests.strategies import all_splits
 TOLERANCE = 1e-9
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in UNSEEN)]
 
+ALL_BUT_LLAMA = [family for family in (*FAMILIES, *UNSEEN) if family != "llama"]
+
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Program]:
@@ -142,7 +144,7 @@ def prove(family: str, strategies: list[Strategy], **changes: Any) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ALL_BUT_LLAMA)])
 def test_every_legal_split(family: str, sequence_parallel: bool, programs: dict[str, Program]) -> None:
     """All splits of a block, on all gradients."""
     splits = all_splits(program_of(family, programs), 2, sequence_parallel=sequence_parallel)
@@ -161,7 +163,7 @@ def test_every_legal_split(family: str, sequence_parallel: bool, programs: dict[
     )
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_more_ranks_than_key_value_heads(sequence_parallel: bool) -> None:
     """Four ranks, two key-value heads: the heads of a group are divided, keys and values are whole."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
@@ -170,7 +172,7 @@ def test_more_ranks_than_key_value_heads(sequence_parallel: bool) -> None:
         assert all(difference < TOLERANCE for _, difference in results)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_a_vocabulary_that_does_not_divide(family: str) -> None:
     """Rows and logits in unequal chunks, sharded over replicas as well."""
     strategies = [

@@ -73,10 +73,10 @@ SIZE: dict[str, Any] = {"num_stages": 2, "data_parallel": 4, "num_micro_batches"
 @pytest.mark.parametrize(
     "fields",
     [
-        {"recomputation": "none"},
-        {"recomputation": "full", "tensor_parallel": 2},
+        pytest.param({"recomputation": "none"}, marks=pytest.mark.slow),
+        pytest.param({"recomputation": "full", "tensor_parallel": 2}, marks=pytest.mark.slow),
         {"recomputation": "selective", "tensor_parallel": 2, "sequence_parallel": True, "data_parallel": 1},
-        {"recomputation": "selective", "distribute_param": 1},
+        pytest.param({"recomputation": "selective", "distribute_param": 1}, marks=pytest.mark.slow),
         {"recomputation": "none", "distribute_param": 3},
     ],
 )
@@ -89,19 +89,25 @@ LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel":
 SEQUENCE: dict[str, Any] = {"sequence_parallel": True}
 
 
+def more(name: str, fields: dict[str, Any]) -> Any:
+    """Minutes a case: `make exhaustive` runs them."""
+    return pytest.param(name, fields, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full"}),
         ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 1}),
-        ("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 3}),
-        ("qwen-7b", QWEN | {"data_parallel": 2, "tensor_parallel": 4, "recomputation": "selective"}),
         ("qwen-7b", QWEN | SEQUENCE | {"tensor_parallel": 8}),
-        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full"}),
-        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "selective", "distribute_param": 1}),
         ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full", "distribute_param": 3}),
-        ("llama-70b", LLAMA | {"recomputation": "selective", "distribute_param": 3}),
+        more("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full"}),
+        more("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 3}),
+        more("qwen-7b", QWEN | {"data_parallel": 2, "tensor_parallel": 4, "recomputation": "selective"}),
+        more("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full"}),
+        more("llama-70b", LLAMA | SEQUENCE | {"recomputation": "selective", "distribute_param": 1}),
+        more("llama-70b", LLAMA | {"recomputation": "selective", "distribute_param": 3}),
     ],
 )
 def test_full_size_models(name: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:

@@ -113,7 +113,10 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+QUICK = ["replicas", "tensor-full", "sequence-selective-gpt2", "parameters-sharded-sequence", "zero-bubble"]
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLE])
 def test_a_step_communicates_what_is_predicted(name: str, programs: dict[str, Program]) -> None:
     family, changes = SAMPLE[name]
     strategy = Strategy(**(SIZE | changes))
@@ -133,7 +136,9 @@ def test_every_combination(tensor: tuple[int, bool], schedule: Any, programs: di
     degree, by_tokens = tensor
     fields = SIZE | {"num_micro_batches": 4, "tensor_parallel": degree, "sequence_parallel": by_tokens}
     fields |= {"schedule": schedule, "virtual_stages": 2 if schedule == "interleaved" else 1}
-    for turn, (recomputation, level) in enumerate(product(RECOMPUTATIONS, range(4)), start=TENSOR.index(tensor)):
+    choices = list(product(RECOMPUTATIONS, range(4)))
+    for turn in range(TENSOR.index(tensor) + SCHEDULES.index(schedule), len(choices), 4):
+        recomputation, level = choices[turn]
         family = ("llama", "qwen2", "gpt2")[turn % 3]
         strategy = Strategy(recomputation=recomputation, distribute_param=level, **fields)
         check(family, strategy, ends(strategy), programs)
@@ -157,9 +162,15 @@ LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel":
     ("family", "fields"),
     [
         ("qwen-7b", QWEN | {"data_parallel": 8, "distribute_param": 1, "recomputation": "selective"}),
-        ("qwen-7b", QWEN | {"tensor_parallel": 4, "data_parallel": 2, "recomputation": "full"}),
+        pytest.param(
+            "qwen-7b",
+            QWEN | {"tensor_parallel": 4, "data_parallel": 2, "recomputation": "full"},
+            marks=pytest.mark.exhaustive,
+        ),
         ("qwen-7b", QWEN | {"tensor_parallel": 8, "sequence_parallel": True, "schedule": "zero_bubble"}),
-        ("llama-70b", LLAMA | {"distribute_param": 1, "recomputation": "full"}),
+        pytest.param(
+            "llama-70b", LLAMA | {"distribute_param": 1, "recomputation": "full"}, marks=pytest.mark.exhaustive
+        ),
         ("llama-70b", LLAMA | {"sequence_parallel": True, "distribute_param": 3, "recomputation": "selective"}),
         (
             "llama-70b",
