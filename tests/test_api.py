@@ -33,6 +33,7 @@ def test_a_plan_answers_and_round_trips(tmp_path: Path) -> None:
     assert plan.strategy.schedule in text
 
 
+@pytest.mark.slow
 def test_a_large_model_is_planned_without_weights_or_gpu() -> None:
     """MoAI's own choice for Qwen1.5-7B on 32 GCDs is among the possible candidates."""
     config = transformers.Qwen2Config(

@@ -100,7 +100,9 @@ def test_a_covering_sample_covers() -> None:
 SAMPLED = [*FAMILIES, *UNSEEN]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in UNSEEN)])
+@pytest.mark.parametrize(
+    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in SAMPLED]
+)
 def test_a_few_plans_on_four_ranks(family: str) -> None:
     """A few of the plans in which every pair of choices occurs; `test_every_pair_of_choices` runs them all."""
     chosen = covering(offered(4), seed=0)
@@ -152,6 +154,7 @@ def test_virtual_stages_and_split_backwards_with_sharding(family: str) -> None:
     prove(family, 4, strategies, timeout=120)
 
 
+@pytest.mark.slow
 def test_batches_that_a_schedule_does_not_fit() -> None:
     """Fewer micro-batches than stages, and no whole groups of them: what the loop's last batch may be."""
     few = [piped(4, 2, schedule=name) for name in ("1f1b", "gpipe", "zero_bubble")]
