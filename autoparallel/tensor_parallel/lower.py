@@ -248,7 +248,7 @@ class Lowering:
         """Insert a conversion after `source`, or find the one that is there."""
         key = (kind + str(sorted(arguments.items())), source.name)
         if key not in self.conversions:
-            name = f"{source.name.replace('.', '_')}_{kind.removesuffix('_whole')}{'_whole' * kind.endswith('_whole')}"
+            name = f"{source.name.replace('.', '_')}_{kind}"
             if arguments and kind == "narrow":
                 name += "_" + "_".join(str(value) for value in arguments.values())
             whole = TensorSpec(
@@ -553,14 +553,12 @@ class Lowering:
         """Sizes, bounds and counts, as the rank's shapes want them."""
         arguments = dict(op.arguments)
         kind = base_name(op)
-        for name in ("size", "shape", "implicit"):
+        for name in ("size", "shape"):
             sizes = arguments.get(name)
             if isinstance(sizes, tuple) and kind in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to"):
-                local = [v if v == -1 else n for v, n in zip(sizes, outputs[0].spec.shape, strict=True)]
-                same = [
-                    old if whole == n else n for old, whole, n in zip(sizes, op.outputs[0].shape, local, strict=True)
-                ]
-                arguments[name] = tuple(same)
+                wholes, locals_ = op.outputs[0].shape, outputs[0].spec.shape
+                sized = zip(sizes, wholes, locals_, strict=True)
+                arguments[name] = tuple(given if given == -1 or whole == n else n for given, whole, n in sized)
         if kind in ("slice", "select") and self.sharding.is_sharded(inputs[0].layout):
             self.localize_bounds(op, arguments, inputs[0])
         if kind == "repeat_interleave" and isinstance(arguments.get("dim"), int):
@@ -582,7 +580,7 @@ class Lowering:
             assert isinstance(index, int)
             arguments["index"] = int((held < index % size(dim)).sum())
             return
-        start, end = bounds(op, size(dim), lambda value: value if isinstance(value, int) else 0)
+        start, end = bounds(op, size(dim))
         if op.argument("step", 1) != 1:
             arguments["end"] = len(held)
             return

@@ -27,7 +27,6 @@ from autoparallel.tensor_parallel.layout import (
     unify,
 )
 
-EMBEDDING = "aten.embedding.default"
 CROSS_ENTROPY = "aten.cross_entropy_loss.default"
 GETITEM = "<built-in function getitem>"
 
@@ -231,11 +230,11 @@ def _expand(reading: Reading) -> list[Layout]:
     return [[d if size(d) == n else reading.fresh(0, k) for k, (d, n) in enumerate(zip(layout, shape, strict=True))]]
 
 
-def bounds(op: Op, length: int, evaluate: Callable[[Argument], int]) -> tuple[int, int]:
+def bounds(op: Op, length: int) -> tuple[int, int]:
     """`start` and `end` of a slice of a dim of that length, both inside it."""
     start, end = op.argument("start"), op.argument("end")
-    first = 0 if start is None else evaluate(start)
-    last = length if end is None else evaluate(end)
+    first = start if isinstance(start, int) else 0
+    last = length if end is None else end if isinstance(end, int) else 0
     first, last = (value + length if value < 0 else value for value in (first, last))
     return max(0, min(first, length)), max(0, min(last, length))
 
@@ -246,7 +245,7 @@ def _slice(reading: Reading) -> list[Layout]:
     length, step = size(output[k]), reading.integer("step", 1)
     if not all(isinstance(reading.op.argument(name, 0), (int, type(None))) for name in ("start", "end")):
         raise Misfit
-    start, end = bounds(reading.op, length, lambda value: value if isinstance(value, int) else 0)
+    start, end = bounds(reading.op, length)
     if step == 1:
         output[k] = indices(output[k], start, end)
     elif length % step == 0 and start < step and end == length:
