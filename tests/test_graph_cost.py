@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.segments import _deferred_bytes, _is_deferrable, _kept_bytes, _saved_bytes, replayed
+from autoparallel.cost.segments import _deferred_bytes, _kept_bytes, _saved_bytes, replayed
 from autoparallel.emit.deferred import DeferredContraction, defer_weight_gradients
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
@@ -207,9 +207,7 @@ def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str, programs:
         modules = stage.get_submodule(f"segment_{segment}").modules()
         pending = [p for module in modules if isinstance(module, DeferredContraction) for p in module.pending]
         storages = {t.untyped_storage().data_ptr(): t for p in pending for t in (p.value, p.output_gradient)}
-        predicted = _deferred_bytes(
-            [op for op in graph.segment_ops(segment) if _is_deferrable(op)], batch=ROWS, seq=SEQ
-        )
+        predicted = _deferred_bytes(graph.segment_ops(segment), batch=ROWS, seq=SEQ)
         assert predicted == sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 

@@ -141,7 +141,7 @@ class Pricing:
             recompute_full_s=sum(forward[: len(again)]) + sum(forward_s for forward_s, _ in comm[: len(again)]),
             saved_bytes=_saved_bytes(ops, {spec.name for spec in lowered.entering}, **size),
             saved_selective_bytes=_kept_bytes(ops, **size),
-            deferred_bytes=_deferred_bytes([op for op, _ in deferred], **size),
+            deferred_bytes=_deferred_bytes(ops, **size),
             input_bytes=sum(spec.size_bytes(**size) for spec in lowered.entering),
             workspace_bytes=max((_workspace_bytes(op, **size) for op in ops), default=0),
             forward_comm_s=sum(forward_s for forward_s, _ in comm),
@@ -281,10 +281,36 @@ def _rebuild_s(op: Op, table: CostTable, *, batch: int, seq: int) -> float:
 
 
 def _deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
-    """Values, each once, and output gradients."""
-    values = {value.name: value for value in (op.inputs[DEFERRABLE[op.target].value] for op in ops)}
-    held = [*values.values(), *(tensor for op in ops for tensor in op.outputs)]
-    return sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in held)
+    """What a split backward leaves for the weights' gradients: values and output gradients, each once."""
+    deferred = [op for op in ops if _is_deferrable(op)]
+    values = {value.name: value for value in (op.inputs[DEFERRABLE[op.target].value] for op in deferred)}
+    storages = _gradient_storages(ops, batch=batch, seq=seq)
+    gradients = {storages[op.name]: op.outputs[0] for op in deferred}
+    return sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in (*values.values(), *gradients.values()))
+
+
+def _gradient_storages(ops: list[Op], *, batch: int, seq: int) -> dict[str, str]:
+    """For each op, the last one whose output's gradient comes down to it as it is: branches that end in one sum, as the
+    attention and the MLP of a parallel block, receive the same tensor.
+    """
+    users: dict[str, set[int]] = {}
+    for i, op in enumerate(ops):
+        for spec in op.inputs:
+            users.setdefault(spec.name, set()).add(i)
+    owner: dict[str, str] = {}
+    for op in reversed(ops):
+        used_by = [ops[i] for i in users.get(op.name, ())]
+        passes = len(used_by) == 1 and _passes_gradient(used_by[0], op, batch=batch, seq=seq)
+        owner[op.name] = owner[used_by[0].name] if passes else op.name
+    return owner
+
+
+def _passes_gradient(user: Op, maker: Op, *, batch: int, seq: int) -> bool:
+    """Whether the gradients of what they make lie in one storage."""
+    sizes = {tensor.numel(batch=batch, seq=seq) for op in (maker, user) for tensor in op.outputs}
+    if len(maker.outputs) != 1 or len(user.outputs) != 1 or len(sizes) != 1:
+        return False
+    return user.is_view or (user.target == "aten.add.Tensor" and user.argument("alpha", 1) == 1)
 
 
 def _workspace_bytes(op: Op, *, batch: int, seq: int) -> int:
