@@ -116,10 +116,9 @@ def fake_rank(
             tokens = torch.zeros(strategy.batch_size, seq_len, dtype=torch.long)
             batch = Batch(
                 input_ids=tokens,
-                attention_mask=tokens,
+                padding=None,
                 labels=tokens,
                 num_items=torch.ones((), dtype=torch.long),
-                padded=False,
                 seed=0,
             )
             yield FakeRank(model, engine, torch.optim.AdamW(model.parameters()), batch)

@@ -217,6 +217,7 @@ def _clean(module: fx.GraphModule) -> None:
             _inline_no_grad(module, node)
     _make_functional(module)
     _slice_by_constants(module)
+    _drop_identities(module)
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
@@ -231,6 +232,21 @@ def _make_functional(module: fx.GraphModule) -> None:
         functional = _functional(node)
         if functional is not None and all(user in seen for user in _readers(node.args[0])):
             node.target = functional
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """`alias(x)`, `x * 1` and integer `x + 0` are `x`: models write them for the sake of others."""
+    neutral: dict[Any, float] = {torch.ops.aten.mul.Tensor: 1, torch.ops.aten.add.Tensor: 0}
+    for node in list(module.graph.nodes):
+        if node.target is not torch.ops.aten.alias.default:
+            if node.target not in neutral or isinstance(node.args[1], fx.Node) or node.args[1] != neutral[node.target]:
+                continue
+            value, source = node.meta["val"], node.args[0].meta["val"]
+            # -0.0 + 0 is 0.0, and an integer times 1.0 is no integer any more.
+            if value.dtype != source.dtype or (neutral[node.target] == 0 and value.dtype.is_floating_point):
+                continue
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
 
 
 def _slice_by_constants(module: fx.GraphModule) -> None:

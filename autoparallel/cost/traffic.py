@@ -27,8 +27,10 @@ from autoparallel.tensor_parallel.splits import TensorParallel
 Phase = Literal["forward", "recompute", "backward", "step"]
 """`step` comes once, after the schedule."""
 Axis = Literal["tensor", "data", "pipeline", "tied", "world"]
-BUCKET_BYTES = 64 << 20
-"""Gradients are summed in flat buckets: many small reductions cost latency, one huge copy costs memory."""
+BUCKET_BYTES = 25 << 20
+"""Gradients are summed in flat buckets: many small reductions cost latency, one huge one begins late. The size is that
+of DistributedDataParallel (Li et al., arXiv 2006.15704).
+"""
 
 
 class Transfer(NamedTuple):
@@ -85,14 +87,18 @@ class Shape(NamedTuple):
 
 
 def buckets(tensors: Sequence[tuple[str, int]], limit_bytes: int = BUCKET_BYTES) -> list[range]:
-    """Consecutive tensors (dtype, bytes) of one dtype that are reduced together; one that is larger is alone."""
+    """Consecutive tensors (dtype, bytes) of one dtype that are reduced together, up to the one that reaches the limit;
+    what is as large itself is alone, and is never copied.
+    """
     found: list[range] = []
+    open_dtype, open_bytes = "", limit_bytes
     for index, (dtype, size_bytes) in enumerate(tensors):
-        open_bytes = sum(size for _, size in tensors[found[-1].start : index]) if found else 0
-        if found and tensors[found[-1].start][0] == dtype and open_bytes + size_bytes <= limit_bytes:
+        if dtype == open_dtype and open_bytes < limit_bytes and size_bytes < limit_bytes:
             found[-1] = range(found[-1].start, index + 1)
+            open_bytes += size_bytes
         else:
             found.append(range(index, index + 1))
+            open_dtype, open_bytes = dtype, size_bytes
     return found
 
 
@@ -293,7 +299,7 @@ class RankStep:
         found: Traffic = Counter()
         mine = [p for p in self.graph.parameters if p.trainable and self.place.stage in self._stages(p)]
         if strategy.distribute_param == 0 and strategy.data_parallel > 1:
-            found += _summed([self._shape(p) for p in mine], "data", self._data_group)
+            found += _summed([self._shape(p) for p in reversed(mine)], "data", self._data_group)
         if strategy.tensor_parallel > 1:
             segments = [segment for segment, _ in self._segments()]
             shared = self.split.shared_parameters(self.graph, segments)

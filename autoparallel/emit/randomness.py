@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from autoparallel.capture.attention import Attention
 
 
 @contextmanager
@@ -20,6 +22,17 @@ def drawing_apart(rank: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed + 0x9E3779B9 * (rank + 1)) % (1 << 62))
         yield
+
+
+def draws(stage: nn.Module) -> bool:
+    """Whether a training step of `stage` draws random numbers."""
+    for module in stage.modules():
+        if (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(module, Attention) and module.dropout > 0):
+            return True
+        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+        if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
+            return True
+    return False
 
 
 class Apart(nn.Module):

@@ -69,6 +69,11 @@ def emit_stage(
     return module
 
 
+def inputs_read(stage: fx.GraphModule) -> set[str]:
+    """Those of `INPUTS` that a stage has a use for."""
+    return {str(node.target) for node in stage.graph.nodes if node.op == "placeholder" and node.users}
+
+
 def readable(stage: fx.GraphModule) -> str:
     """The stage as Python text with all its blocks; `print_readable` alone stops at recomputed ones."""
     parts = [stage.print_readable(print_output=False)]
@@ -103,6 +108,8 @@ class _StageEmitter:
         self.root: dict[str, Any] = {}
         self.env: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[str, fx.Node] = {}
+        self.computed: dict[str, fx.Node] = {}
+        """Free nodes by what they compute."""
 
     def emit(self) -> fx.GraphModule:
         first, last = self.stage.first_segment, self.stage.last_segment
@@ -148,10 +155,23 @@ class _StageEmitter:
             self.env[node] = self.graph.get_attr(name)
             return self.env[node]
         assert self.program.segments.get(node) is None, f"{node} of another segment is not free"
-        for parent in node.all_input_nodes:
-            self.value(parent)
-        self.env[node] = self.graph.node_copy(node, self.value)
+        parents = [self.source_of_sizes(node) or self.value(parent) for parent in node.all_input_nodes]
+        if node.target is torch.ops.aten.detach.default:
+            self.env[node] = parents[0]  # no gradient gets here
+            return parents[0]
+        copied = self.graph.node_copy(node, dict(zip(node.all_input_nodes, parents, strict=True)).__getitem__)
+        # Every block has computed its own; the first one's is all blocks'.
+        self.env[node] = self.computed.setdefault(f"{copied.target} {copied.args} {copied.kwargs}", copied)
+        if self.env[node] is not copied:
+            self.graph.erase_node(copied)
         return self.env[node]
+
+    def source_of_sizes(self, node: fx.Node) -> fx.Node | None:
+        """All inputs have the same rows and tokens: for a node that asks one for them, one that the stage reads anyway."""
+        if node.target is not torch.ops.aten.sym_size.int or node.all_input_nodes[0].op != "placeholder":
+            return None
+        is_last = self.stage.last_segment == self.program.graph.num_segments - 1
+        return self.inputs["labels" if is_last else "input_ids"]
 
     def attribute(self, node: fx.Node) -> str:
         """Canonical name of the parameter, buffer or constant that a get_attr node reads."""

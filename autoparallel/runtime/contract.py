@@ -8,9 +8,9 @@ mended too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from autoparallel.errors import ContractError
 from autoparallel.runtime.parameters import Parameters, Placed
@@ -35,6 +35,7 @@ def watch(parameters: Parameters) -> None:
 @cache
 def _mend_torch() -> None:
     clip_grad._get_total_norm = _global_norm(clip_grad._get_total_norm)
+    clip_grad._clip_grads_with_norm_ = _clipping_what_is_held(clip_grad._clip_grads_with_norm_)
     public = torch.no_grad()(clip_grad._get_total_norm)
     for place in (clip_grad, torch.nn.utils):
         setattr(place, "get_total_norm", public)  # noqa: B010 torch's stubs lack the name
@@ -42,6 +43,8 @@ def _mend_torch() -> None:
     DistributedDataParallel.__init__ = _never_ours(DistributedDataParallel.__init__)  # type: ignore[method-assign]
     GradScaler._unscale_grads_ = _agreed_overflow(GradScaler._unscale_grads_)  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(_check_optimizer)
+    register_optimizer_step_pre_hook(_hide_what_is_not_held)
+    register_optimizer_step_post_hook(_show_what_is_not_held)
 
 
 def _counted_of_ours() -> dict[int, Tensor | None]:
@@ -64,7 +67,7 @@ def _global_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         ours = _counted_of_ours()
-        if not any(id(t) in ours for t in tensors):
+        if not any(id(t) in ours for t in tensors) or not any(parameters.spread for parameters in _live):
             return original(tensors, norm_type, error_if_nonfinite, foreach)
         # Tensors that are not ours are whole on every rank: rank 0's copy counts.
         counted = [ours.get(id(t), t if dist.get_rank() == 0 else None) for t in tensors]
@@ -79,17 +82,27 @@ def _global_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _reduce_norm(tensors: list[Tensor], norm_type: float, *, like: Tensor) -> Tensor:
     """The norm over all ranks of their local tensors' concatenation."""
-    norms = torch._foreach_norm(tensors, norm_type) if tensors else []
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    stacked = torch.stack([n.to(dtype) for n in norms]) if norms else torch.zeros(1, dtype=dtype, device=like.device)
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    total = torch.zeros((), dtype=dtype, device=like.device)
+    if tensors:
+        norms = torch.stack(torch._foreach_norm(tensors, norm_type))
+        total = torch.linalg.vector_norm(norms, norm_type, dtype=dtype)
     if norm_type == float("inf"):
-        total = stacked.max()
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
     else:
-        total = (stacked**norm_type).sum()
+        total = total**norm_type
         dist.all_reduce(total)
         total = total ** (1.0 / norm_type)
     return total.to(like.dtype)
+
+
+def _clipping_what_is_held(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def clip(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        original([p for p in given if p.grad is None or p.grad.numel() > 0], *args, **kwargs)
+
+    return clip
 
 
 def _agreed_overflow(original: Callable[..., dict[torch.device, Tensor]]) -> Callable[..., dict[torch.device, Tensor]]:
@@ -114,6 +127,24 @@ def _ours() -> dict[int, tuple[Parameters, Placed]]:
     return {id(p.master): (parameters, p) for parameters in _live for p in parameters.placed}
 
 
+def _hide_what_is_not_held(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """An optimizer has nothing to do, and no state to keep, for parameters of other stages."""
+    for p in _not_held():
+        if p.master.grad is p.nothing:
+            p.master.grad = None
+            p.hidden = True
+
+
+def _show_what_is_not_held(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for p in _not_held():
+        if p.hidden:
+            p.master.grad, p.hidden = p.nothing, False
+
+
+def _not_held() -> Iterator[Placed]:
+    return (p for parameters in _live for p in parameters.placed if p.leaf is None and p.stages)
+
+
 def _whole_state(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """`optimizer.state_dict()` holds whole moments, as on one device (collective: every rank's loop calls it)."""
 
@@ -122,16 +153,35 @@ def _whole_state(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[
         found, ours = original(self), _ours()
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [index for group in found["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            if id(parameter) in ours and index in found["state"]:
-                owner, placed = ours[id(parameter)]
-                found["state"][index] = {
-                    key: owner.whole(placed, value) if _is_moment(value, parameter) else value
-                    for key, value in found["state"][index].items()
-                }
+        mine = {i: p for i, p in zip(indices, parameters, strict=True) if id(p) in ours}
+        if not mine:
+            return found
+        described: list[dict[int, dict[str, Any]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(described, {i: _described(found["state"].get(i, {}), p) for i, p in mine.items()})
+        for index, parameter in mine.items():
+            owner, placed = ours[id(parameter)]
+            held = found["state"].get(index, {})
+            state = described[owner.first_holder(placed)][index]
+            for key, value in state.items():
+                if isinstance(value, _Moment):
+                    piece = held[key] if key in held else parameter.new_empty(parameter.shape, dtype=value.dtype)
+                    state[key] = owner.whole(placed, piece)
+            if state:
+                found["state"][index] = state
         return found
 
     return state_dict
+
+
+class _Moment(NamedTuple):
+    """A tensor of an optimizer's state that is laid out as its parameter."""
+
+    dtype: torch.dtype
+
+
+def _described(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """An optimizer's state of one parameter with its moments left out: a rank keeps none of what it does not hold."""
+    return {key: _Moment(value.dtype) if _is_moment(value, parameter) else value for key, value in state.items()}
 
 
 def _is_moment(value: Any, parameter: Tensor) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from autoparallel.capture.program import Program
 from autoparallel.emit.deferred import defer_weight_gradients
-from autoparallel.emit.stage import Member, emit_stage, state_tensors
+from autoparallel.emit.randomness import draws
+from autoparallel.emit.stage import Member, emit_stage, inputs_read, state_tensors
 from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
 from autoparallel.plans.plan import Plan
@@ -22,7 +23,7 @@ from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
-from autoparallel.runtime.pipeline import LocalStage, Pipeline
+from autoparallel.runtime.pipeline import LocalStage, Pipeline, summed
 from autoparallel.schedule.actions import splits_backward
 from autoparallel.tensor_parallel.splits import TensorParallel
 
@@ -53,8 +54,10 @@ class Engine:
         self.logits_spec, loss_spec = _output_specs(program)
         self.vocabulary = self.split.logits(program.graph)
         self.stages = self._emit(program, state_tensors(model, program), loss_spec)
-        self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
+        self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device, reduction=self.parameters.reduction)
+        self._inputs = {name for stage in self.stages for name in inputs_read(stage.module)}
         self.loss_dtype = getattr(torch, loss_spec.dtype)
+        self._draws = any(draws(stage.module) for stage in self.stages)
         self._random_state: dict[str, Tensor] = {}
         self._random_seed: int | None = None
         watch(self.parameters)
@@ -91,11 +94,9 @@ class Engine:
         gradient.
         """
         batch = self._filled(batch)
-        for p in self.parameters.placed:
-            if p.leaf is not None:
-                p.leaf.grad = None
+        self.parameters.begin_step()
         with torch.enable_grad(), self._own_random_stream(batch.seed):
-            loss = self.pipeline.train(self._micro_batches(batch))
+            loss = self.pipeline.train(self._micro_batches(batch), seq_len=batch.seq_len)
         with torch.no_grad():
             self.parameters.reduce_gradients()
             return self._sum_over_ranks(loss), [p.gradient() for p in self.parameters.trained()]
@@ -106,8 +107,8 @@ class Engine:
         rows, seq_len = batch.rows, batch.seq_len
         batch = self._filled(batch)
         with self._own_random_stream(batch.seed):
-            mine = self.pipeline.forward(self._micro_batches(batch))
-        loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
+            mine = self.pipeline.forward(self._micro_batches(batch), seq_len=batch.seq_len)
+        loss = self._sum_over_ranks(summed([r[0] for r in mine]))
         return loss, self._gather_logits([r[1] for r in mine], batch)[:rows, :seq_len]
 
     def _filled(self, batch: Batch) -> Batch:
@@ -123,10 +124,12 @@ class Engine:
         size = self.strategy.batch_per_device
         share = batch.rows // self.strategy.data_parallel
         start = self.mesh.data_index * share
-        return [batch.micro_batch(start + offset, size) for offset in range(0, share, size)]
+        return [batch.micro_batch(start + offset, size, self._inputs) for offset in range(0, share, size)]
 
     def _sum_over_ranks(self, loss: Tensor | None) -> Tensor:
         """Over replicas; all ranks of a tensor-parallel group have the same loss, and one of them counts."""
+        if loss is not None and self.mesh.num_stages * self.mesh.data_parallel == 1:
+            return loss
         loss = loss if self.mesh.tensor_index == 0 else None
         total = torch.zeros((), dtype=self.loss_dtype, device=self.device) if loss is None else loss.to(self.loss_dtype)
         dist.all_reduce(total)
@@ -158,6 +161,9 @@ class Engine:
         """Dropout draws from a stream of this rank's stage and replica (which sees other rows), derived from the user's
         seed; the user's own stream, which orders the data, is left where it was. Tensor-parallel ranks share it.
         """
+        if not self._draws:
+            yield
+            return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._random_seed != seed:

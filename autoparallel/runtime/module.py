@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from autoparallel.emit.stage import readable
 from autoparallel.errors import ContractError, WorkerError
 from autoparallel.plans.plan import Plan
-from autoparallel.runtime.batch import Batch, agree_on_batch
+from autoparallel.runtime.batch import Batch, BatchExchange
 from autoparallel.runtime.checks import bind, check_inputs
 from autoparallel.runtime.engine import Engine
 
@@ -66,12 +66,11 @@ class ParallelModule:
                 why="the loss is part of the program that runs over the pipeline",
                 remedy="pass labels=, with -100 where a token is to be ignored; for inference use torch.no_grad()",
             )
-        batch = agree_on_batch(
+        batch = state.exchange.agree(
             input_ids=given["input_ids"],
             attention_mask=given.get("attention_mask"),
             labels=labels,
             num_items=given.get("num_items_in_batch"),
-            device=state.device,
         )
         if state.engine is None and not (wants_gradients and labels is not None):
             return self._evaluate_unplaced(batch, given)
@@ -200,7 +199,7 @@ class _State:
     """What a compiled model carries: how to make its engine, and the engine once a first batch has been seen."""
 
     def __init__(self, start: EngineFactory, device: torch.device) -> None:
-        self._start, self.device = start, device
+        self._start, self.exchange = start, BatchExchange(device)
         self.engine: Engine | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
@@ -239,8 +238,8 @@ class _Deposit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *masters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
+        ctx.gradients, ctx.masters = gradients, masters
+        return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -249,9 +248,37 @@ class _Deposit(torch.autograd.Function):
             raise ContractError(
                 "backward() a second time on one loss", why="its gradients were handed over the first time"
             )
-        for gradient in gradients:
-            gradient.mul_(grad_output.to(gradient.dtype))
-        return (None, None, *gradients)
+        _scale(gradients, grad_output)
+        masters, ctx.masters = ctx.masters, None
+        stores = (node for node, _ in ctx.next_functions[1:])
+        return (None, None, *map(_handed_over, masters, gradients, stores))
+
+
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """In place. `loss.backward()` asks for a factor of one, which is seen where looking does not wait for a GPU."""
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    for dtype in {gradient.dtype for gradient in gradients}:
+        torch._foreach_mul_([g for g in gradients if g.dtype == dtype], factor.to(dtype))
+
+
+def _handed_over(master: Tensor, gradient: Tensor, store: Any) -> Tensor | None:
+    """What autograd has left to do with a gradient: nothing where `store`, its node, would only set `master.grad`."""
+    watched = torch.is_grad_enabled() or master._backward_hooks or master._post_accumulate_grad_hooks
+    if master.grad is not None or watched or not _runs(store):
+        return gradient
+    master.grad = gradient
+    return None
+
+
+def _runs(store: Any) -> bool:
+    """Whether the running backward stores a gradient: torch.autograd.grad() returns it instead, and
+    backward(inputs=...) leaves some out.
+    """
+    try:
+        return torch._C._will_engine_execute_node(store)
+    except RuntimeError:  # "not supported" is how torch says that it runs torch.autograd.grad()
+        return False
 
 
 def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str, keep: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from autoparallel.emit.recompute import Recomputed
 from autoparallel.emit.stage import taken
 from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.mesh import Mesh
+from autoparallel.runtime.reduction import Reduction
 from autoparallel.tensor_parallel.layout import ParameterSplit
 
 
@@ -42,13 +44,18 @@ class Placed:
     """What this rank's stage computes with; None where the stage does not use it."""
     shared: bool = False
     """Whole on every rank of the tensor-parallel group, while each has an addend of its gradient."""
+    hidden: bool = False
+    """While an optimizer steps: whether the gradient of what this rank does not hold is taken away."""
+
+    @cached_property
+    def nothing(self) -> Tensor:
+        """The gradient on a rank that holds nothing of the parameter."""
+        return self.master.new_empty(self.master.shape)
 
     def gradient(self) -> Tensor:
-        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is
-        no leaf.
-        """
+        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none."""
         if self.leaf is None:
-            return self.master.new_zeros(self.master.shape)
+            return self.nothing
         grad, self.leaf.grad = self.leaf.grad, None
         if grad is None:
             return torch.zeros_like(self.master)
@@ -63,10 +70,30 @@ class Parameters:
     sharded: bool
     placed: list[Placed]
     tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    reduction: Reduction | None = None
+    """Over replicas that hold whole gradients."""
 
     def trained(self) -> Iterator[Placed]:
         """Those that one device would give a gradient; the same list on every rank."""
         return (p for p in self.placed if p.master.requires_grad and p.stages)
+
+    @property
+    def spread(self) -> bool:
+        """Whether ranks hold different pieces; replicas do not."""
+        mesh = self.mesh
+        return mesh.num_stages > 1 or mesh.tensor_parallel > 1 or (self.sharded and mesh.data_parallel > 1)
+
+    def first_holder(self, placed: Placed) -> int:
+        """The first rank that holds any of a parameter."""
+        return self.mesh.rank_of(stage=min(placed.stages, default=0), data_index=0, tensor_index=0)
+
+    def begin_step(self) -> None:
+        """Before the first micro-batch."""
+        for p in self.placed:
+            if p.leaf is not None:
+                p.leaf.grad = None
+        if self.reduction is not None:
+            self.reduction.begin()
 
     def reduce_gradients(self) -> None:
         """Sum the leaves' gradients over replicas, then over the stages that share a tied parameter."""
@@ -75,8 +102,8 @@ class Parameters:
             assert p.leaf is not None
             if p.leaf.grad is None:
                 p.leaf.grad = torch.zeros_like(p.leaf)
-        if not self.sharded and self.mesh.data_parallel > 1:
-            _all_reduce_coalesced([p.leaf.grad for p in mine], self.mesh.data_group)  # type: ignore[union-attr,misc]
+        if self.reduction is not None:
+            self.reduction.finish()
         if self.mesh.tensor_parallel > 1:
             self._sum_addends(mine)
         for stages, group in self.tie_groups.items():
@@ -232,6 +259,10 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
         elif p.stages:
             p.master.data = p.master.data.new_empty((0, *p.shape[1:]))
             p.master.grad = None
+    if parameters.mesh.data_parallel > 1 and not parameters.sharded:
+        trained = [p.leaf for p in parameters.trained() if p.leaf is not None]
+        # Backward makes them about last to first.
+        parameters.reduction = Reduction(trained[::-1], parameters.mesh.data_group)
     return leaves
 
 
@@ -289,9 +320,12 @@ def _plain_name(name: str) -> str:
 
 
 def _all_reduce_coalesced(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum in flat buckets."""
+    """Sum in flat buckets, what is large where it is."""
     for indices in buckets([(str(tensor.dtype), tensor.nbytes) for tensor in tensors]):
         bucket = [tensors[i] for i in indices]
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0], group=group)
+            continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat, group=group)
         for target, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):

@@ -17,6 +17,7 @@ from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import TensorSpec
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.mesh import Mesh
+from autoparallel.runtime.reduction import Reduction
 from autoparallel.runtime.torch_schedule import Inputs, Schedule, Sharding, Stage
 from autoparallel.schedule.actions import actions, splits_backward
 
@@ -36,39 +37,56 @@ class LocalStage:
     """What it hands to the next stage; the loss, of the last one."""
 
 
+def summed(losses: list[Tensor]) -> Tensor | None:
+    """None where there are none: not every rank has the last stage."""
+    if len(losses) < 2:
+        return losses[0] if losses else None
+    return torch.stack(losses).sum()
+
+
 class Pipeline:
     """Runs the micro-batches of one step through this rank's stages."""
 
-    def __init__(self, stages: list[LocalStage], strategy: Strategy, mesh: Mesh, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        stages: list[LocalStage],
+        strategy: Strategy,
+        mesh: Mesh,
+        *,
+        device: torch.device,
+        reduction: Reduction | None,
+    ) -> None:
         self.stages, self.strategy, self.mesh, self.device = stages, strategy, mesh, device
-        self.sharding = [Sharding(stage.module, strategy.distribute_param) for stage in stages]
+        self.sharding = [Sharding(stage.module, strategy.distribute_param, reduction) for stage in stages]
         self._schedules: dict[tuple[int, int, int], Schedule] = {}
+        self._one: Tensor | None = None
 
-    def train(self, micro_batches: list[Inputs]) -> Tensor | None:
+    def train(self, micro_batches: list[Inputs], *, seq_len: int) -> Tensor | None:
         """Forward and backward of all micro-batches; the summed loss where the last stage is, None elsewhere."""
         if self.mesh.num_stages == 1:
             return self._train_alone(micro_batches)
-        rows, seq = micro_batches[0]["input_ids"].shape
-        losses = self._schedule(len(micro_batches), rows, seq).run(micro_batches)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else None
+        losses = self._schedule(len(micro_batches), self.strategy.batch_per_device, seq_len).run(micro_batches)
+        return summed([loss.detach() for loss in losses])
 
-    def _train_alone(self, micro_batches: list[Inputs]) -> Tensor:
+    def _train_alone(self, micro_batches: list[Inputs]) -> Tensor | None:
         (stage,), (sharding,) = self.stages, self.sharding
-        losses = []
+        losses: list[Tensor] = []
         for index, inputs in enumerate(micro_batches):
             sharding.before_backward(last=index == len(micro_batches) - 1)
             loss = stage.module(**inputs)[0]
-            loss.backward()
+            if self._one is None:
+                self._one = torch.ones_like(loss)
+            loss.backward(self._one)
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        return summed(losses)
 
-    def forward(self, micro_batches: list[Inputs]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, micro_batches: list[Inputs], *, seq_len: int) -> list[tuple[Tensor, Tensor]]:
         """Forward only: (loss, logits) of every micro-batch where the last stage is, nothing elsewhere."""
         results: list[tuple[Tensor, Tensor]] = []
         sends: list[dist.Work | None] = []
         for stage in self.stages:
             for inputs in micro_batches:
-                result = stage.module(*self._receive(stage, inputs), **inputs)
+                result = stage.module(*self._receive(stage, seq_len), **inputs)
                 if stage.index == self.strategy.total_stages - 1:
                     results.append((result[0], result[1]))
                 else:
@@ -79,8 +97,8 @@ class Pipeline:
                 send.wait()
         return results
 
-    def _receive(self, stage: LocalStage, inputs: Inputs) -> list[Tensor]:
-        received = self._empty(stage.entering, *inputs["input_ids"].shape)
+    def _receive(self, stage: LocalStage, seq_len: int) -> list[Tensor]:
+        received = self._empty(stage.entering, self.strategy.batch_per_device, seq_len)
         for buffer in received:
             dist.recv(buffer, self._rank_of(stage.index - 1))
         return received

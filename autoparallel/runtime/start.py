@@ -22,11 +22,11 @@ from autoparallel.errors import AutoParallelError, ConfigError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.plan import Plan
 from autoparallel.plans.strategy import Constraints
-from autoparallel.runtime.batch import Batch, agree_on_batch
+from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
-from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
+from autoparallel.runtime.module import EngineFactory, ParallelModule, _State, parallelize
 
 Planner = Callable[..., Plan]
 
@@ -51,14 +51,14 @@ def compile_model(
     start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
     parallelize(model, start, device=device)
     if example_inputs is not None:
-        batch = agree_on_batch(
+        state: _State = model._parallel  # type: ignore[assignment]
+        batch = state.exchange.agree(
             input_ids=example_inputs["input_ids"],
             attention_mask=example_inputs.get("attention_mask"),
             labels=example_inputs.get("labels"),
             num_items=None,
-            device=device,
         )
-        model._parallel.start(model, batch)  # type: ignore[union-attr,operator]
+        state.start(model, batch)
     return model
 
 

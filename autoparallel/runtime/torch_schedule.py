@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import InferenceMode, _make_tensor_from_meta
+from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
 from autoparallel.emit.deferred import DeferredContraction
+from autoparallel.runtime.reduction import Reduction
+from autoparallel.runtime.spares import Spares
 from autoparallel.schedule.actions import Order
 
 MAX_SENDS = 2
@@ -29,14 +31,19 @@ Inputs = dict[str, Tensor]
 class Sharding:
     """When a stage's gradients are reduced over replicas, and its parameters given back."""
 
-    def __init__(self, stage: nn.Module, distribute_param: int) -> None:
-        self.stage, self.level = stage, distribute_param
+    def __init__(self, stage: nn.Module, distribute_param: int, reduction: Reduction | None) -> None:
+        self.stage, self.level, self.reduction = stage, distribute_param, reduction
+        self.leaves = list(stage.parameters())
+        if reduction is not None:
+            reduction.add_user(self.leaves)
 
     def before_backward(self, *, last: bool) -> None:
         """Level 1 reduces gradients after the last micro-batch, 2 and 3 after each; only 3 gives parameters back in
         between.
         """
         self._set(is_last=last, reduces=last or self.level >= 2, gives_back=last or self.level == 3)
+        if last and self.reduction is not None:
+            self.reduction.make_final(self.leaves)
 
     def before_input_gradient(self) -> None:
         """The first half of a backward reduces nothing: the weights' gradients are yet to come."""
@@ -91,6 +98,7 @@ class Stage(PipelineStage):
     ) -> None:
         self.sharding = sharding
         self._sending: deque[list[dist.Work]] = deque()
+        self._spares = Spares()
         super().__init__(
             # torch has rules of its own for an FSDP module that it can see; inside another module it sees none.
             _LossOnly(module) if index == num_stages - 1 else _Inside(module),
@@ -129,7 +137,8 @@ class Stage(PipelineStage):
     def _get_recv_ops(self, recv_infos: tuple[Any, ...]) -> list[dist.P2POp]:
         for info in recv_infos:
             if info.tensor_meta is not None and not info.is_root_arg:
-                info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
+                meta = info.tensor_meta
+                info.buffer = self._spares.take(meta.shape, dtype=meta.dtype, device=self.device)
         return super()._get_recv_ops(recv_infos)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
@@ -218,7 +227,7 @@ class Schedule(_PipelineScheduleRuntime):
         self._step_microbatches(
             [()] * len(micro_batches),
             list(micro_batches),
-            [inputs["labels"] for inputs in micro_batches],
+            [None] * len(micro_batches),
             losses,
             return_outputs=False,
         )
@@ -227,5 +236,5 @@ class Schedule(_PipelineScheduleRuntime):
         return losses
 
 
-def _loss_is_output(output: Tensor, target: Tensor) -> Tensor:
+def _loss_is_output(output: Tensor, target: None) -> Tensor:
     return output
