@@ -32,6 +32,10 @@ test-all: install ## every proof, the slow ones too
 exhaustive: install ## every plan that the planner may offer, on up to eight ranks: hours
 	$(BIN)/python -m pytest -m exhaustive
 
+bench-speed: install ## the emitted program beside hand-written PyTorch, on this machine
+	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python -m benchmarks.runtime_speed
+
 check: install ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +48,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all exhaustive check format wheel
+.PHONY: help install demo test test-all exhaustive bench-speed check format wheel

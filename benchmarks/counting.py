@@ -35,7 +35,7 @@ COLLECTIVES: dict[Any, tuple[str, int | str]] = {
     _functional.all_gather_into_tensor.default: ("all_gather", "result"),
     _functional.reduce_scatter_tensor.default: ("reduce_scatter", 0),
 }
-_NEITHER = ("profiler::", "_c10d_functional::wait_tensor", "c10d::barrier")
+_NEITHER = ("profiler::", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd", "c10d::barrier")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
     loss_parallel,
     parallelize_module,
@@ -205,13 +206,14 @@ def tensor_parallel(model: Any, strategy: Strategy) -> Step:
     assert strategy.splits is not None
     heads = any("self_attn" in split for split in strategy.splits[1])
     block: dict[str, Any] = {
+        "mlp": shared_input(),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(),
     }
     if heads:
         block |= {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-        block |= {"self_attn.o_proj": RowwiseParallel()}
+        block |= {"self_attn.o_proj": RowwiseParallel(), "self_attn": shared_input("hidden_states")}
     tied = model.config.tie_word_embeddings
     parallelize_module(
         model,
@@ -240,6 +242,14 @@ def tensor_parallel(model: Any, strategy: Strategy) -> Step:
         return whole(loss.detach())
 
     return step
+
+
+def shared_input(name: str | None = None) -> PrepareModuleInput:
+    """Several projections read one input: the gradients that they give it are summed before they are reduced."""
+    whole = Replicate()
+    if name is None:
+        return PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,))
+    return PrepareModuleInput(input_kwarg_layouts={name: whole}, desired_input_kwarg_layouts={name: whole})
 
 
 def clip_two_kinds(model: nn.Module) -> None:

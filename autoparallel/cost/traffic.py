@@ -260,7 +260,8 @@ class RankStep:
             for unit in self._units(strategy.stages[stage]):
                 gathered = self._sharded("forward", "all_gather", unit)
                 found[gathered] += times
-                if strategy.distribute_param == 3:
+                has_head = any(self.graph.num_segments - 1 in p.segments for p in unit)
+                if strategy.distribute_param == 3 and not (has_head and strategy.keeps_head):
                     found[gathered._replace(phase="backward")] += times
                 for reduced in self._reduced(unit, stage):
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1

@@ -167,7 +167,7 @@ class _StageEmitter:
         return self.env[node]
 
     def source_of_sizes(self, node: fx.Node) -> fx.Node | None:
-        """All inputs have the same rows and tokens: for a node that asks one for them, one that the stage reads anyway."""
+        """For a node that asks an input for its rows or tokens, which all have alike: one that is read anyway."""
         if node.target is not torch.ops.aten.sym_size.int or node.all_input_nodes[0].op != "placeholder":
             return None
         is_last = self.stage.last_segment == self.program.graph.num_segments - 1

@@ -102,6 +102,13 @@ class Strategy(Schema):
         """All pipeline ranks' stages together."""
         return self.num_stages * self.virtual_stages
 
+    @property
+    def keeps_head(self) -> bool:
+        """Whether sharded parameters of the model's last segment stay gathered from its forward to its backward, which
+        comes next everywhere but in gpipe.
+        """
+        return self.distribute_param == 3 and (self.schedule != "gpipe" or self.num_stages == 1)
+
     def stages_of(self, rank: int) -> tuple[StagePlan, ...]:
         """Those of one pipeline rank."""
         assert self.stages is not None, "the model is not cut yet"

@@ -81,9 +81,10 @@ class Engine:
             )
             if splits_backward(strategy.schedule, strategy.num_stages):
                 defer_weight_gradients(module)
-            if strategy.distribute_param > 0:
-                shard(module, self.parameters, distribute_param=strategy.distribute_param)
             is_last = plan.last_segment == graph.num_segments - 1
+            if strategy.distribute_param > 0:
+                level, keeps_last = strategy.distribute_param, is_last and strategy.keeps_head
+                shard(module, self.parameters, distribute_param=level, keeps_last=keeps_last)
             entering = self.split.entering(graph, plan.first_segment)
             leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)
             stages.append(LocalStage(index, module, entering, leaving))

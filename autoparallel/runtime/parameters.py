@@ -266,21 +266,23 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     return leaves
 
 
-def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
+def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int, keeps_last: bool) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
     shards.
 
-    Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only. With
+    `keeps_last` the last segment's group stays gathered until its backward.
     """
     mesh = parameters.mesh.device_mesh["dp_shard"]
     give_back = distribute_param == 3
     children = [child for child in stage.children() if any(True for _ in child.parameters())]
     holders = Counter(id(leaf) for child in children for leaf in child.parameters())
-    for child in children:
-        if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
-    whole = fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
-    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
+    alone = [child for child in children if all(holders[id(leaf)] == 1 for leaf in child.parameters())]
+    last = children[-1] if children[-1] in alone else stage
+    for part in (*alone, stage):
+        fully_shard(part, mesh=mesh, reshard_after_forward=give_back and not (keeps_last and part is last))
+    assert isinstance(stage, FSDPModule)
+    _prefetch_in_order(stage, [child for child in children if isinstance(child, FSDPModule)])
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():

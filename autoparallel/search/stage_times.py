@@ -158,6 +158,17 @@ class StageSeconds:
         return StageSeconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+def _with_head(workload: Workload, plan: StagePlan) -> set[int]:
+    """The model's last segment and those of its stage that share a parameter with it: they are gathered together."""
+    last, segments = len(workload.segment_classes) - 1, range(plan.first_segment, plan.last_segment + 1)
+    if last not in segments:
+        return set()
+    return {
+        last,
+        *(i for shared in workload.shared if last in shared.segments for i in shared.segments if i in segments),
+    }
+
+
 def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> StageSeconds:
     """Times of one stage, by segment where segments communicate on their own."""
     overheads, size = Overheads(workload, strategy), strategy.batch_per_device
@@ -165,10 +176,14 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     costs = [workload.cost(segment, size) for segment in segments]
     levels = [plan.recomputation_of(i, num_segments=len(workload.segment_classes)) for i in segments]
     again = [cost.recompute_s(level) for cost, level in zip(costs, levels, strict=True)]
-    gather_s = reduce_s = 0.0
+    gather_s = reduce_s = kept_s = 0.0
     if any(sharding):
         counts = segment_parameters(workload, plan)
-        gather_s = sum(overheads.gather_s(count.trainable + count.frozen) for count in counts)
+        gathers_s = [overheads.gather_s(count.trainable + count.frozen) for count in counts]
+        gather_s = sum(gathers_s)
+        kept_s = (
+            sum(gathers_s[i - plan.first_segment] for i in _with_head(workload, plan)) if strategy.keeps_head else 0
+        )
         reduce_s = sum(overheads.reduce_scatter_s(count.trainable) for count in counts)
     trainable = workload.stage_parameters(plan.first_segment, plan.last_segment).trainable
     return StageSeconds(
@@ -180,7 +195,7 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         backward_tensor_s=sum(cost.backward_comm_s for cost in costs),
         replicated_s=sum(cost.replicated_s for cost in costs),
         forward_comm_s=sharding.forward_gathers * gather_s,
-        backward_gather_s=sharding.backward_gathers * gather_s,
+        backward_gather_s=sharding.backward_gathers * (gather_s - kept_s),
         backward_reduce_s=sharding.backward_reduces * reduce_s,
         start_s=sharding.gathers_per_step * gather_s,
         reduce_s=sharding.reduces_per_step * reduce_s
