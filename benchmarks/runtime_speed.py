@@ -5,7 +5,8 @@ DistributedDataParallel, (b) fully_shard, (c) torch.distributed.pipelining, (d) 
 ranks of one thread, (e) in one process against plain eager. Losses must agree. Operators, collectives and allocated
 bytes of a step (see counting.py) may not exceed the hand-written program's on any rank. Times are taken in alternating
 pairs, with pairs of the hand-written program against itself in between; the upper 95 % bound of the median ratio may
-not exceed 1.05.
+not exceed 1.05. The first step may take one step more than a normal one (or as much as the hand-written one's, whose
+optimizer makes its states there too); what planning leaves to do before it is named and timed apart.
 
     python examples/prepare_smollm2.py && make bench-speed
     python -m benchmarks.runtime_speed --quick --cases ddp --models llama
@@ -249,14 +250,15 @@ def judged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     gates = {"losses": all(abs(o - h) <= LOSS_TOLERANCE * abs(h) for o, h in pairs)}
     for name in Counts.__dataclass_fields__:
         gates[name] = all(r["counts"]["ours"][name] <= r["counts"]["hand"][name] for r in ranks)
-    gates |= {"time": ratio[1] <= LIMIT, "first step": first_overhead <= 1}
+    hand_overhead = ranks[0]["first_s"]["hand"] / statistics.median(seconds["hand"]) - 1
+    gates |= {"time": ratio[1] <= LIMIT, "first step": first_overhead <= max(1.0, hand_overhead)}
     return {
         "gates": gates,
         "median_s": {name: statistics.median(times) for name, times in seconds.items()},
         "ratio": ratio,
         "control": control,
         "first_step_overhead": first_overhead,
-        "first_step_overhead_hand": ranks[0]["first_s"]["hand"] / statistics.median(seconds["hand"]) - 1,
+        "first_step_overhead_hand": hand_overhead,
     }
 
 

@@ -27,9 +27,9 @@ from autoparallel.tensor_parallel.splits import TensorParallel
 Phase = Literal["forward", "recompute", "backward", "step"]
 """`step` comes once, after the schedule."""
 Axis = Literal["tensor", "data", "pipeline", "tied", "world"]
-BUCKET_BYTES = 25 << 20
-"""Gradients are summed in flat buckets: many small reductions cost latency, one huge one begins late. The size is that
-of DistributedDataParallel (Li et al., arXiv 2006.15704).
+BUCKET_BYTES = 32 << 20
+"""Gradients are summed in flat buckets: many small reductions cost latency, one huge one begins late. About the size of
+those of DistributedDataParallel (Li et al., arXiv 2006.15704).
 """
 
 
@@ -257,11 +257,12 @@ class RankStep:
         times = strategy.num_micro_batches if strategy.distribute_param == 3 else 1
         for stage in sorted({action.stage for action in self._order}):
             assert strategy.stages is not None
+            head = self.graph.num_segments - 1 if stage == strategy.total_stages - 1 else None
             for unit in self._units(strategy.stages[stage]):
                 gathered = self._sharded("forward", "all_gather", unit)
                 found[gathered] += times
-                has_head = any(self.graph.num_segments - 1 in p.segments for p in unit)
-                if strategy.distribute_param == 3 and not (has_head and strategy.keeps_head):
+                kept = strategy.keeps_head and any(head in p.segments for p in unit)
+                if strategy.distribute_param == 3 and not kept:
                     found[gathered._replace(phase="backward")] += times
                 for reduced in self._reduced(unit, stage):
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1

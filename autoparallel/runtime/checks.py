@@ -68,7 +68,6 @@ class Fingerprint:
         self.trainable = {p.name: p.master.requires_grad for p in parameters.placed}
         self.num_hooks = _num_hooks(model)
 
-    @torch.no_grad()
     def check(self, model: nn.Module) -> None:
         """Raise ContractError for the first difference."""
         named = dict(model.named_parameters())

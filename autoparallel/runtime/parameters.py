@@ -216,7 +216,8 @@ def like(piece: Tensor, template: DTensor) -> DTensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's piece itself: to_local() makes a view of it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def place(

@@ -66,6 +66,8 @@ class Reduction:
 
     def _arrived(self, leaf: Tensor) -> None:
         assert isinstance(leaf, nn.Parameter)
+        if leaf.grad is None:
+            return  # this backward leaves the weight's gradient for later
         bucket, part = self._place[leaf]
         bucket.adopt(part)
         if not self._open[leaf]:

@@ -31,7 +31,7 @@ Inputs = dict[str, Tensor]
 class Sharding:
     """When a stage's gradients are reduced over replicas, and its parameters given back."""
 
-    def __init__(self, stage: nn.Module, distribute_param: int, reduction: Reduction | None) -> None:
+    def __init__(self, stage: nn.Module, distribute_param: int, reduction: Reduction | None = None) -> None:
         self.stage, self.level, self.reduction = stage, distribute_param, reduction
         self.leaves = list(stage.parameters())
         if reduction is not None:
