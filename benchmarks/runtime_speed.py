@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -148,9 +148,9 @@ def make_batch(seed: int, rows: int, tokens: int, vocabulary: int) -> Batch:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
 
 
-def alternate(steps: dict[str, Callable[[Batch], Tensor]], batch: Batch, pairs: int) -> dict[str, list[float]]:
+def alternate(steps: dict[str, Callable[[Batch], Tensor]], batch: Batch, pairs: int) -> dict[str, list[Seconds]]:
     """Pairs in the order ABBA, each followed by a pair of hand-written steps whose roles alternate too."""
-    found: dict[str, list[float]] = {"hand": [], "ours": [], "control": [], "control again": []}
+    found: dict[str, list[Seconds]] = {"hand": [], "ours": [], "control": [], "control again": []}
     for turn in range(pairs):
         order = [("ours", "ours"), ("hand", "hand")][:: 1 - 2 * (turn % 2)]
         control = [("control", "hand"), ("control again", "hand")][:: 1 - 2 * (turn % 2)]
@@ -159,13 +159,20 @@ def alternate(steps: dict[str, Callable[[Batch], Tensor]], batch: Batch, pairs: 
     return found
 
 
-def seconds_of(step: Callable[[], Any]) -> float:
+class Seconds(NamedTuple):
+    wall: float
     """From the moment when all ranks may begin to the one when all have ended."""
+    cores: float
+    """Of all threads of this process: what other programs on the machine hardly disturb."""
+
+
+def seconds_of(step: Callable[[], Any]) -> Seconds:
     dist.barrier()
-    start = time.perf_counter()
+    wall, cores = time.perf_counter(), time.process_time()
     step()
+    cores = time.process_time() - cores
     dist.barrier()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, cores)
 
 
 class stopwatch:
@@ -242,7 +249,7 @@ def run(case: str, model: str, *, pairs: int) -> dict[str, Any]:
 def judged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The gates: loss, counts on every rank, time of the first rank (barriers make ranks alike), the first step."""
     pairs = list(zip(ranks[0]["losses"]["ours"], ranks[0]["losses"]["hand"], strict=True))
-    seconds = ranks[0]["seconds"]
+    seconds, cores = ({n: [pair[i] for pair in ps] for n, ps in ranks[0]["seconds"].items()} for i in (0, 1))
     ratio = bound_of_median([o / h for o, h in zip(seconds["ours"], seconds["hand"], strict=True)])
     control = bound_of_median([a / b for a, b in zip(seconds["control"], seconds["control again"], strict=True)])
     normal_s = statistics.median(seconds["ours"])
@@ -257,6 +264,7 @@ def judged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "median_s": {name: statistics.median(times) for name, times in seconds.items()},
         "ratio": ratio,
         "control": control,
+        "cores_ratio": bound_of_median([o / h for o, h in zip(cores["ours"], cores["hand"], strict=True)]),
         "first_step_overhead": first_overhead,
         "first_step_overhead_hand": hand_overhead,
     }
@@ -279,7 +287,8 @@ def report(found: dict[str, Any]) -> str:
     seconds = found["median_s"]
     lines.append(
         f"  step {seconds['ours']:.3f} s / {seconds['hand']:.3f} s, ratio {median:.3f}, upper 95 % bound {bound:.3f}; "
-        f"control {found['control'][0]:.3f}, bound {found['control'][1]:.3f}"
+        f"control {found['control'][0]:.3f}, bound {found['control'][1]:.3f}; "
+        f"seconds of cores: ratio {found['cores_ratio'][0]:.3f}, bound {found['cores_ratio'][1]:.3f}"
     )
     setup = ", ".join(f"{name} {spent:.2f} s" for name, spent in found["ranks"][0]["setup_s"].items())
     lines.append(

@@ -15,6 +15,7 @@ from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.batch import BatchExchange
 from autoparallel.runtime.module import ParallelModule
 from autoparallel.runtime.spares import Spares
+from benchmarks.counting import calls_of
 from tests.equality import parallel
 from tests.families import lifted, make_batch, make_model
 from tests.ranks import run_ranks
@@ -85,6 +86,9 @@ def habits() -> dict[str, float]:
         loss_of(ours).backward()
         ours.zero_grad()
         assert isinstance(ours, ParallelModule)
+        loss = loss_of(ours)
+        assert calls_of(loss.backward).operators.total() < 3  # the factor, which is one, and a look at it
+        ours.zero_grad()
         for habit in HABITS:
             pairs = zip(habit(ours), habit(model), strict=True)
             found[habit.__name__] = max(float((a - b).abs().max()) for a, b in pairs)
