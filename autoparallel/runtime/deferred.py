@@ -46,7 +46,7 @@ class Deferred(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, origin: Source | _Call) -> Deferred:
         made: Deferred = Tensor._make_wrapper_subclass(
-            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="meta"
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=meta.device
         )
         made.meta, made.origin = meta, origin
         return made
@@ -56,7 +56,9 @@ class Deferred(Tensor):
         return cls(torch.empty(shape, dtype=dtype, device="meta"), source)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.is_mutable:
             raise NotImplementedError(f"{func} writes into a tensor whose values are not there")
         kwargs = {name: value for name, value in (kwargs or {}).items() if name not in ("device", "non_blocking")}
@@ -73,9 +75,6 @@ class Deferred(Tensor):
 
     def untyped_storage(self) -> Any:
         return self.meta.untyped_storage()
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Deferred({tuple(self.shape)}, {self.dtype})"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -104,11 +103,30 @@ def take(tensor: Tensor, held: Held) -> Tensor:
     for dim, indices in enumerate(held):
         if indices is None:
             continue
-        if len(indices) and indices[-1] - indices[0] == len(indices) - 1:
+        if _is_run(indices):
             tensor = tensor.narrow(dim, int(indices[0]), len(indices))
         else:
             tensor = tensor.index_select(dim, torch.from_numpy(indices).to(tensor.device))
     return tensor
+
+
+def put(whole: Tensor, part: Tensor, held: Held) -> None:
+    """Write the held part into its places; the indices of at most one dim may be apart."""
+    apart = []
+    for dim, indices in enumerate(held):
+        if indices is not None and _is_run(indices):
+            whole = whole.narrow(dim, int(indices[0]), len(indices))
+        elif indices is not None:
+            apart.append((dim, torch.from_numpy(indices).to(whole.device)))
+    if not apart:
+        whole.copy_(part)
+        return
+    ((dim, places),) = apart
+    whole.index_copy_(dim, places, part)
+
+
+def _is_run(indices: NDArray[np.int64]) -> bool:
+    return len(indices) > 0 and int(indices[-1] - indices[0]) == len(indices) - 1
 
 
 def sources(tensor: Tensor) -> list[Source]:

@@ -49,7 +49,9 @@ class Engine:
         ]
         sharded = strategy.distribute_param > 0
         splits = self.split.parameters(program.graph)
-        self.parameters = place(model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded)
+        self.parameters = place(
+            model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded, device=device
+        )
         self.logits_spec, loss_spec = _output_specs(program)
         self.vocabulary = self.split.logits(program.graph)
         self.stages = self._emit(program, state_tensors(model, program), loss_spec)

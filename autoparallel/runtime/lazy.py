@@ -1,6 +1,6 @@
 """A parameter whose value is still in its file. It has the shape, dtype and device that it will have, so optimizers,
-`.to()` and adapters take it as it is; placement reads only a rank's piece of it. Whatever else looks at its values makes
-it an ordinary parameter first, whole: the same object, the same numbers.
+`.to()` and adapters take it as it is; placement reads only a rank's piece of it. Whatever else looks at its values
+makes it an ordinary parameter first, whole: the same object, the same numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LazyParameter(nn.Parameter):
         cls, deferred: Deferred, *, requires_grad: bool, on_use: Callable[[], None], device: torch.device
     ) -> LazyParameter:
         """`on_use` is called before the whole value is read because something looked at it."""
-        made: LazyParameter = cls(_placeholder(deferred, device), requires_grad)  # type: ignore[assignment]
+        made: LazyParameter = cls(_placeholder(deferred, device), requires_grad)
         made.deferred, made.on_use = deferred, on_use
         return made
 
@@ -69,9 +69,7 @@ class LazyParameter(nn.Parameter):
         if probe.dtype == self.dtype and probe.device == self.device:
             return self
         deferred: Any = self.deferred.to(probe.dtype)
-        return LazyParameter.of(
-            deferred, requires_grad=self.requires_grad, on_use=self.on_use, device=probe.device
-        )
+        return LazyParameter.of(deferred, requires_grad=self.requires_grad, on_use=self.on_use, device=probe.device)
 
     def _set_data(self, value: Tensor) -> None:
         if not isinstance(value, LazyParameter):
@@ -82,9 +80,7 @@ class LazyParameter(nn.Parameter):
                 self.data = _placeholder(value.deferred, value.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyParameter:
-        made = LazyParameter.of(
-            self.deferred, requires_grad=self.requires_grad, on_use=self.on_use, device=self.device
-        )
+        made = LazyParameter.of(self.deferred, requires_grad=self.requires_grad, on_use=self.on_use, device=self.device)
         memo[id(self)] = made
         return made
 
@@ -99,20 +95,18 @@ def _placeholder(deferred: Deferred, device: torch.device) -> Tensor:
     return torch.full((1,), fill, dtype=deferred.dtype, device=device).expand(deferred.shape)
 
 
-def _getters(*names: str) -> set[Any]:
-    return {getattr(Tensor, name).__get__ for name in names}
+def _accessors(*names: str) -> set[Any]:
+    """Getters and setters of a tensor's properties, as `__torch_function__` is told of them."""
+    found = [getattr(Tensor, name) for name in names]
+    return {p.__get__ for p in found} | {p.__set__ for p in found}
 
 
 _WITHOUT_VALUES: set[Any] = {
-    *_getters(
-        "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "itemsize", "nbytes",
-        "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "retains_grad", "_backward_hooks",
+    *_accessors(
+        "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "itemsize",
+        "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "retains_grad", "_backward_hooks",
         "_post_accumulate_grad_hooks",
     ),
-    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    Tensor.grad.__set__,  # type: ignore[attr-defined]
-    Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
-    Tensor._post_accumulate_grad_hooks.__set__,  # type: ignore[attr-defined]
     *(getattr(Tensor, name) for name in (
         "size", "dim", "numel", "nelement", "element_size", "get_device", "is_floating_point", "is_complex",
         "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__",

@@ -1,8 +1,8 @@
 """`from_pretrained` without reading: our only contact with how transformers loads.
 
 transformers resolves the files, renames, converts, ties, initialises what is missing and rebuilds buffers, all by its
-own code; in place of tensors it gets deferred ones, so that parameters come out lazy (`runtime/lazy.py`). What cannot be
-deferred is loaded as always, with a line that says why and what it costs.
+own code; in place of tensors it gets deferred ones, so that parameters come out lazy (`runtime/lazy.py`). What cannot
+be deferred is loaded as always, with a line that says why and what it costs.
 """
 
 from __future__ import annotations
@@ -116,9 +116,14 @@ class FileTensor:
 
 def load_lazily() -> None:
     """From here on `from_pretrained` reads no weights."""
-    plain = PreTrainedModel._load_pretrained_model
-    if not hasattr(plain, "_autoparallel"):
+    if not _is_lazy():
+        plain = PreTrainedModel._load_pretrained_model
         PreTrainedModel._load_pretrained_model = staticmethod(_deferring(plain))  # type: ignore[method-assign]
+
+
+def _is_lazy() -> bool:
+    """The same on every rank: `load_lazily` follows a launch, which all of them take part in."""
+    return hasattr(PreTrainedModel._load_pretrained_model, "_autoparallel")
 
 
 def _deferring(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,7 +197,7 @@ def _make_lazy(model: nn.Module, files: list[File], device: torch.device) -> Non
                     made[id(value)] = LazyParameter.of(
                         _without_autograd(value), requires_grad=value.requires_grad, on_use=use.note, device=device
                     )
-                    made[id(value)]._is_hf_initialized = True  # type: ignore[attr-defined]
+                    made[id(value)]._is_hf_initialized = True
                 module._parameters[name] = made[id(value)]
         for name, buffer in module._buffers.items():
             if isinstance(buffer, Deferred):
@@ -217,7 +222,7 @@ class _FirstUse:
         if not self.noted:
             self.noted = True
             logger.info(
-                "Weights of {} are used before its first training step: every rank reads those whole, up to {:.2f} GiB.",
+                "Weights of {} are used before its first training step: each rank reads them whole, {:.2f} GiB.",
                 self.model,
                 self.size_bytes / 2**30,
             )
@@ -237,6 +242,8 @@ def check_values(model: nn.Module) -> None:
 
 def agree_on_lazy(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that every rank can read from the same files; the others are made real (collective)."""
+    if not _is_lazy():
+        return frozenset()
     lazy = {name: p.deferred for name, p in model.named_parameters() if isinstance(p, LazyParameter)}
     files = {source.file for d in lazy.values() for source in sources(d) if isinstance(source, FileTensor)}
     prints = {Path(file.path).name: file.fingerprint for file in files}

@@ -12,16 +12,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
-from autoparallel.emit.stage import taken
 from autoparallel.ir.graph import Parameter
+from autoparallel.runtime.deferred import Held, put, take
+from autoparallel.runtime.lazy import LazyParameter
+from autoparallel.runtime.loading import agree_on_lazy
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.tensor_parallel.layout import ParameterSplit
 
@@ -136,8 +140,62 @@ class Parameters:
         """This rank's piece of a tensor laid out as the whole parameter."""
         if placed.leaf is None:
             return whole.new_empty(placed.master.shape) if placed.stages else whole
-        part = taken(whole, placed.split, self.mesh.tensor_index)
-        return distribute(part, placed.leaf) if isinstance(placed.leaf, DTensor) else part
+        return take(whole, self.held(placed))
+
+    def held(self, placed: Placed, *, data_index: int | None = None, tensor_index: int | None = None) -> Held:
+        """By dim, the indices of the parameter that a rank of an owning stage holds; this rank's own by default."""
+        tensor_index = self.mesh.tensor_index if tensor_index is None else tensor_index
+        data_index = self.mesh.data_index if data_index is None else data_index
+        whole: list[NDArray[np.int64] | None] = [None] * len(placed.shape)
+        indices = whole if placed.split is None else placed.split.indices(tensor_index)
+        if self.sharded and placed.stages:
+            rows = np.arange(placed.shape[0]) if indices[0] is None else indices[0]
+            length = -(-len(rows) // self.mesh.data_parallel)  # as fully_shard chunks: evenly, the last ones shorter
+            indices[0] = rows[data_index * length : (data_index + 1) * length]
+        return tuple(indices)
+
+    def keep_piece(self, placed: Placed, *, from_files: bool, device: torch.device) -> None:
+        """Leave in the master what this rank holds. Without files, rank 0's values are everyone's, as under DDP, since
+        an unseeded init differs (collective).
+        """
+        master, mine = placed.master, not placed.stages or self.mesh.stage in placed.stages
+        if from_files:
+            assert isinstance(master, LazyParameter)
+            nothing = torch.empty((0, *placed.shape[1:]), dtype=master.dtype, device=device)
+            master.settle(master.piece(self.held(placed)).to(device) if mine else nothing)
+            return
+        if isinstance(master, LazyParameter):
+            master.materialize()
+        dist.broadcast(master.data, src=0)
+        held = self.held(placed) if mine else ()
+        if mine and all(indices is None for indices in held):
+            return
+        master.data = take(master.data, held).clone() if mine else master.data.new_empty((0, *placed.shape[1:]))
+        master.grad = None
+
+    def on_first_rank(self, placed: Placed) -> Tensor | None:
+        """The whole parameter in rank 0's host memory, sent there piece by piece; None on other ranks (collective)."""
+        is_first = dist.get_rank() == 0
+        if not placed.stages:
+            return placed.master.detach().cpu() if is_first else None
+        assert placed.split is not None
+        whole = torch.empty(placed.shape, dtype=placed.master.dtype) if is_first else None
+        for data_index in range(self.mesh.data_parallel if self.sharded else 1):
+            for tensor_index in range(self.mesh.tensor_parallel if placed.split.is_sharded else 1):
+                held = self.held(placed, data_index=data_index, tensor_index=tensor_index)
+                sizes = [n if indices is None else len(indices) for n, indices in zip(placed.shape, held, strict=True)]
+                owner = self.mesh.rank_of(stage=placed.stages[0], data_index=data_index, tensor_index=tensor_index)
+                part = placed.master.detach().cpu().contiguous() if dist.get_rank() == owner else None
+                if 0 in sizes:
+                    continue
+                if owner != 0 and part is not None:
+                    dist.send(part, 0)
+                if whole is not None:
+                    if part is None:
+                        part = torch.empty(sizes, dtype=whole.dtype)
+                        dist.recv(part, owner)
+                    put(whole, part, held)
+        return whole
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
@@ -151,22 +209,13 @@ class Parameters:
             owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0, tensor_index=rank)
             received = part.contiguous() if dist.get_rank() == owner else part.new_empty(split.local_shape(rank))
             dist.broadcast(received, src=owner)
-            put(whole, received, split, rank)
+            put(whole, received, tuple(split.indices(rank)))
         return whole
 
     def load(self, placed: Placed, value: Tensor) -> None:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
-
-
-def put(whole: Tensor, part: Tensor, split: ParameterSplit, rank: int) -> None:
-    """Write what a rank holds into the whole parameter; at most one dim is divided."""
-    divided = [(dim, indices) for dim, indices in enumerate(split.indices(rank)) if indices is not None]
-    if not divided:
-        whole.copy_(part)
-    for dim, indices in divided:
-        whole.index_copy_(dim, torch.from_numpy(indices).to(whole.device), part)
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
@@ -200,24 +249,29 @@ def place(
     mesh: Mesh,
     *,
     sharded: bool,
+    device: torch.device,
 ) -> Parameters:
-    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded
-    init differs.
+    """Leave on this rank its pieces of the parameters, one after the other: read from the model's files where every
+    rank can, else cut from rank 0's values.
     """
     by_name = {p.name: p for p in table}
+    in_files = agree_on_lazy(model)
     placed = []
     for name, master in model.named_parameters():
-        dist.broadcast(master.data, src=0)
         stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
         placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
+    ties = [p.stages for p in placed if len(p.stages) > 1]
+    parameters = Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
+    for p in placed:
+        parameters.keep_piece(p, from_files=p.name in in_files, device=device)
     for _, buffer in model.named_buffers():
         dist.broadcast(buffer, src=0)
-    ties = [p.stages for p in placed if len(p.stages) > 1]
-    return Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
+    return parameters
 
 
 def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
-    """Leaves of this rank's stage by name, sharing the masters' storage; the masters of other stages give up theirs.
+    """Leaves of this rank's stage by name, sharing the masters' storage. Those that fully_shard will cut are on meta,
+    since the rank holds no more than its shard.
 
     `shared` are those of which each tensor-parallel rank gets an addend of the gradient.
     """
@@ -225,13 +279,12 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     for p in parameters.placed:
         p.shared = p.name in shared
         if parameters.mesh.stage in p.stages:
-            if p.split is not None and p.split.is_sharded:
-                p.master.data = taken(p.master.data, p.split, parameters.mesh.tensor_index).contiguous()
-                p.master.grad = None
-            p.leaf = leaves[p.name] = nn.Parameter(p.master.data, requires_grad=p.master.requires_grad)
-        elif p.stages:
-            p.master.data = p.master.data.new_empty((0, *p.shape[1:]))
-            p.master.grad = None
+            value = p.master.data
+            if parameters.sharded:
+                assert p.split is not None
+                shape = p.split.local_shape(parameters.mesh.tensor_index)
+                value = torch.empty(shape, dtype=p.master.dtype, device="meta")
+            p.leaf = leaves[p.name] = nn.Parameter(value, requires_grad=p.master.requires_grad)
     return leaves
 
 
@@ -270,14 +323,21 @@ def _prefetch_in_order(stage: FSDPModule, blocks: list[FSDPModule]) -> None:
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
+    """Give the sharded leaves their values, and the masters the leaves' memory (which may be padded)."""
     by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
-    for p in parameters.placed:
-        if p.leaf is not None and p.name in by_name:
-            leaf = by_name[p.name]
-            assert isinstance(leaf, DTensor)
-            p.leaf = leaf
-            p.master.data = leaf.to_local().detach()
-            p.master.grad = None
+    mine = [p for p in parameters.placed if p.leaf is not None and p.name in by_name]
+    pieces = {id(by_name[p.name]): p.master.data for p in mine}
+
+    def filled(tensor: Tensor) -> Tensor:
+        piece = pieces.pop(id(tensor), None)
+        return tensor if piece is None else like(piece, tensor)  # type: ignore[arg-type]
+
+    stage._apply(filled)  # fully_shard takes over what it finds after it
+    for p in mine:
+        leaf = by_name[p.name]
+        assert isinstance(leaf, DTensor)
+        p.leaf = leaf
+        p.master.data = leaf.to_local().detach()
 
 
 def _plain_name(name: str) -> str:

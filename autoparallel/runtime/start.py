@@ -26,6 +26,7 @@ from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
+from autoparallel.runtime.loading import check_values, load_lazily
 from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
 
 Planner = Callable[..., Plan]
@@ -44,6 +45,7 @@ def compile_model(
     """Launch, and give `model` the parallel forward; with example inputs, plan now."""
     if isinstance(model, ParallelModule):
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
+    check_values(model)
     _check_runnable_dtype(model, dtype)
     ensure_launched(flavor)
     _share_random_state()
@@ -63,7 +65,7 @@ def compile_model(
 
 
 def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
-    """Launch, and compile every HF model at the first call that trains it."""
+    """Launch, and compile every HF model at the first call that trains it; those loaded from now on are lazy."""
     ensure_launched(flavor)
     _share_random_state()
     plain_call = PreTrainedModel.__call__
@@ -81,6 +83,7 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
         return plain_call(self, *args, **kwargs)
 
     call._autoparallel = True  # type: ignore[attr-defined]
+    load_lazily()
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
 
 
