@@ -73,9 +73,6 @@ class Deferred(Tensor):
         """As of a tensor on meta."""
         return 0
 
-    def untyped_storage(self) -> Any:
-        return self.meta.untyped_storage()
-
 
 def whole(tensor: Tensor) -> Tensor:
     """The value of a deferred tensor; any other as it is."""

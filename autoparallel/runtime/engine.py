@@ -21,8 +21,9 @@ from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
-from autoparallel.runtime.parameters import make_leaves, place, shard
+from autoparallel.runtime.parameters import make_leaves, shard
 from autoparallel.runtime.pipeline import LocalStage, Pipeline
+from autoparallel.runtime.placement import place
 from autoparallel.schedule.actions import splits_backward
 from autoparallel.tensor_parallel.splits import TensorParallel
 

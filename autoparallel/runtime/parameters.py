@@ -22,10 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
-from autoparallel.ir.graph import Parameter
 from autoparallel.runtime.deferred import Held, put, take
-from autoparallel.runtime.lazy import LazyParameter
-from autoparallel.runtime.loading import agree_on_lazy
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.tensor_parallel.layout import ParameterSplit
 
@@ -142,6 +139,10 @@ class Parameters:
             return whole.new_empty(placed.master.shape) if placed.stages else whole
         return take(whole, self.held(placed))
 
+    def holds(self, placed: Placed) -> bool:
+        """Whether this rank's stage has a part of the parameter; every rank has what the loss does not depend on."""
+        return not placed.stages or self.mesh.stage in placed.stages
+
     def held(self, placed: Placed, *, data_index: int | None = None, tensor_index: int | None = None) -> Held:
         """By dim, the indices of the parameter that a rank of an owning stage holds; this rank's own by default."""
         tensor_index = self.mesh.tensor_index if tensor_index is None else tensor_index
@@ -153,49 +154,6 @@ class Parameters:
             length = -(-len(rows) // self.mesh.data_parallel)  # as fully_shard chunks: evenly, the last ones shorter
             indices[0] = rows[data_index * length : (data_index + 1) * length]
         return tuple(indices)
-
-    def keep_piece(self, placed: Placed, *, from_files: bool, device: torch.device) -> None:
-        """Leave in the master what this rank holds. Without files, rank 0's values are everyone's, as under DDP, since
-        an unseeded init differs (collective).
-        """
-        master, mine = placed.master, not placed.stages or self.mesh.stage in placed.stages
-        if from_files:
-            assert isinstance(master, LazyParameter)
-            nothing = torch.empty((0, *placed.shape[1:]), dtype=master.dtype, device=device)
-            master.settle(master.piece(self.held(placed)).to(device) if mine else nothing)
-            return
-        if isinstance(master, LazyParameter):
-            master.materialize()
-        dist.broadcast(master.data, src=0)
-        held = self.held(placed) if mine else ()
-        if mine and all(indices is None for indices in held):
-            return
-        master.data = take(master.data, held).clone() if mine else master.data.new_empty((0, *placed.shape[1:]))
-        master.grad = None
-
-    def on_first_rank(self, placed: Placed) -> Tensor | None:
-        """The whole parameter in rank 0's host memory, sent there piece by piece; None on other ranks (collective)."""
-        is_first = dist.get_rank() == 0
-        if not placed.stages:
-            return placed.master.detach().cpu() if is_first else None
-        assert placed.split is not None
-        whole = torch.empty(placed.shape, dtype=placed.master.dtype) if is_first else None
-        for data_index in range(self.mesh.data_parallel if self.sharded else 1):
-            for tensor_index in range(self.mesh.tensor_parallel if placed.split.is_sharded else 1):
-                held = self.held(placed, data_index=data_index, tensor_index=tensor_index)
-                sizes = [n if indices is None else len(indices) for n, indices in zip(placed.shape, held, strict=True)]
-                owner = self.mesh.rank_of(stage=placed.stages[0], data_index=data_index, tensor_index=tensor_index)
-                part = placed.master.detach().cpu().contiguous() if dist.get_rank() == owner else None
-                if 0 in sizes:
-                    continue
-                if owner != 0 and part is not None:
-                    dist.send(part, 0)
-                if whole is not None:
-                    if part is None:
-                        part = torch.empty(sizes, dtype=whole.dtype)
-                        dist.recv(part, owner)
-                    put(whole, part, held)
-        return whole
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
@@ -239,34 +197,6 @@ def like(piece: Tensor, template: DTensor) -> DTensor:
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def place(
-    model: nn.Module,
-    table: tuple[Parameter, ...],
-    stage_of_segment: list[int],
-    splits: dict[str, ParameterSplit],
-    mesh: Mesh,
-    *,
-    sharded: bool,
-    device: torch.device,
-) -> Parameters:
-    """Leave on this rank its pieces of the parameters, one after the other: read from the model's files where every
-    rank can, else cut from rank 0's values.
-    """
-    by_name = {p.name: p for p in table}
-    in_files = agree_on_lazy(model)
-    placed = []
-    for name, master in model.named_parameters():
-        stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
-        placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
-    ties = [p.stages for p in placed if len(p.stages) > 1]
-    parameters = Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
-    for p in placed:
-        parameters.keep_piece(p, from_files=p.name in in_files, device=device)
-    for _, buffer in model.named_buffers():
-        dist.broadcast(buffer, src=0)
-    return parameters
 
 
 def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:

@@ -14,12 +14,19 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import (
+    StateDictSplit,
+    get_torch_storage_id,
+    get_torch_storage_size,
+    split_state_dict_into_shards_factory,
+)
 from torch import Tensor, nn
 from transformers import modeling_utils
 
@@ -28,6 +35,7 @@ from autoparallel.errors import AutoParallelError, StorageError, WorkerError
 from autoparallel.runtime.deferred import Deferred, Held, take, whole
 from autoparallel.runtime.lazy import LazyParameter
 from autoparallel.runtime.parameters import Parameters
+from autoparallel.runtime.placement import on_first_rank
 
 INCOMPLETE = ".incomplete"
 """Folder inside the target that holds files until all of them are complete."""
@@ -43,7 +51,7 @@ class _Gathered:
 
     def read(self, held: Held) -> Tensor:
         dist.broadcast(torch.tensor(self.index), src=0)
-        value = self.parameters.on_first_rank(self.parameters.placed[self.index])
+        value = on_first_rank(self.parameters, self.parameters.placed[self.index])
         assert value is not None
         return take(value, held)
 
@@ -93,25 +101,48 @@ def _follow(parameters: Parameters) -> None:
         dist.broadcast(wanted, src=0)
         if int(wanted) < 0:
             return
-        parameters.on_first_rank(parameters.placed[int(wanted)])
+        on_first_rank(parameters, parameters.placed[int(wanted)])
 
 
 def _write(write: Callable[..., None], folder: Path, state: Mapping[str, Any], options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
     fresh = folder / INCOMPLETE
     shutil.rmtree(fresh, ignore_errors=True)
     if options.get("push_to_hub"):
         options.setdefault("repo_id", folder.resolve().name)
+    streamed = {
+        "safe_save_file": write_safetensors,
+        "split_torch_state_dict_into_shards": partial(_split_into_shards, folder),
+    }
     try:
-        with mock.patch.object(modeling_utils, "safe_save_file", write_safetensors):
+        with mock.patch.multiple(modeling_utils, **streamed):
             write(fresh, state_dict=state, **options)
-        _commit(fresh, folder, variant=options.get("variant"))
-    finally:
+    except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _commit(fresh, folder, variant=options.get("variant"))
+    shutil.rmtree(fresh)
+
+
+def _split_into_shards(folder: Path, state: dict[str, Tensor], **options: Any) -> StateDictSplit:
+    """The shards that real tensors would get: views of one storage, as split experts are, stay together. Refuse before
+    the first byte what the disk cannot take.
+    """
+    split = split_state_dict_into_shards_factory(
+        state,
+        get_storage_id=lambda tensor: get_torch_storage_id(_real(tensor)) or _real(tensor).untyped_storage()._cdata,
+        get_storage_size=lambda tensor: get_torch_storage_size(_real(tensor)),
+        **options,
+    )
+    needed, free = split.metadata["total_size"], shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
+    return split
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """What has the storage that the tensor itself would have."""
+    return tensor.meta if isinstance(tensor, Deferred) else tensor
 
 
 def _commit(fresh: Path, folder: Path, *, variant: str | None) -> None:

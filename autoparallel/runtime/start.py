@@ -26,6 +26,7 @@ from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
+from autoparallel.runtime.lazy import LazyParameter
 from autoparallel.runtime.loading import check_values, load_lazily
 from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
 
@@ -48,6 +49,7 @@ def compile_model(
     check_values(model)
     _check_runnable_dtype(model, dtype)
     ensure_launched(flavor)
+    _say_what_it_holds(model)
     _share_random_state()
     device = _device(flavor)
     start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
@@ -87,6 +89,16 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
 
 
+def _say_what_it_holds(model: nn.Module) -> None:
+    held = sum(p.nbytes for p in model.parameters() if p.is_cpu and not isinstance(p, LazyParameter))
+    if is_main() and dist.get_world_size() > 1 and held >= 1 << 30:
+        logger.info(
+            "Every rank holds the whole model until its first step, {:.2f} GiB of host memory each; with "
+            "enable_advanced_parallelization() before from_pretrained, each reads only its part.",
+            held / 2**30,
+        )
+
+
 def _share_random_state() -> None:
     """Give every rank rank 0's random state, so that a script without a seed draws the same everywhere."""
     state: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
@@ -107,6 +119,7 @@ def engine_factory(
     """How a compiled model gets its engine when the first training batch arrives."""
 
     def start(model: nn.Module, batch: Batch) -> Engine:
+        check_values(model)
         plain = type(model).__mro__[2]
         parallel, model.__class__ = type(model), plain  # capture sees, and copies, the user's model
         state = model.__dict__.pop("_parallel")
