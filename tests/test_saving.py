@@ -239,9 +239,9 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_of_a_rank_is_its_shard_and_a_tensor() -> None:
-    """1.6 GB over four ranks, one of them on top would not fit the bound; the benchmark checks it, and prints."""
+    """1.6 GB over four ranks, with an allowance that loading without the line before it exceeds."""
     script = Path(__file__).parents[1] / "benchmarks" / "weights_memory.py"
-    command = [sys.executable, str(script), "--layers", "6", "--plans", "sharded stages"]
+    command = [sys.executable, str(script), "--layers", "6", "--plans", "sharded stages", "--allowance-mib", "150"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "sharded stages" in done.stdout

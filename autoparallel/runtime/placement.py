@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autoparallel.ir.graph import Parameter
-from autoparallel.runtime.deferred import put, take
+from autoparallel.runtime.deferred import Held, put, take
 from autoparallel.runtime.lazy import LazyParameter
 from autoparallel.runtime.loading import agree_on_lazy
 from autoparallel.runtime.mesh import Mesh
@@ -87,11 +87,20 @@ def on_first_rank(parameters: Parameters, placed: Placed) -> Tensor | None:
             if 0 in sizes:
                 continue
             mine = placed.master.detach().cpu().contiguous() if dist.get_rank() == owner else None
-            if mine is not None and not is_first:
+            if mine is not None and whole is not None:
+                put(whole, mine, held)
+            elif mine is not None:
                 dist.send(mine, 0)
-            if whole is not None:
-                part = torch.empty(sizes, dtype=whole.dtype) if mine is None else mine
-                if mine is None:
-                    dist.recv(part, owner)
-                put(whole, part, held)
+            elif whole is not None:
+                _receive(whole, held, owner)
     return whole
+
+
+def _receive(whole: Tensor, held: Held, owner: int) -> None:
+    """Take a rank's piece of `whole` into its place; through a buffer where its places are apart."""
+    piece = take(whole, held)
+    in_place = piece.is_contiguous() and piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    received = piece if in_place else torch.empty_like(piece, memory_format=torch.contiguous_format)
+    dist.recv(received, owner)
+    if not in_place:
+        put(whole, received, held)

@@ -115,7 +115,7 @@ def _write(write: Callable[..., None], folder: Path, state: Mapping[str, Any], o
         "split_torch_state_dict_into_shards": partial(_split_into_shards, folder),
     }
     try:
-        with mock.patch.multiple(modeling_utils, **streamed):
+        with mock.patch.dict(vars(modeling_utils), streamed):
             write(fresh, state_dict=state, **options)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
