@@ -114,6 +114,21 @@ def _other_names(folder: Path) -> Callable[[], nn.Module]:
     return lambda: AutoModelForCausalLM.from_pretrained(folder, key_mapping={"ffn": "mlp"})
 
 
+class Buffered(transformers.LlamaForCausalLM):
+    """With a buffer that checkpoints hold."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("scale", torch.ones(3))
+
+
+def _kept_buffer(folder: Path) -> Callable[[], nn.Module]:
+    model = Buffered(make_model("llama").config)
+    model.scale.fill_(7.0)
+    model.save_pretrained(folder)
+    return lambda: Buffered.from_pretrained(folder)
+
+
 READ_WHOLE = {
     _without_head: {"lm_head.weight"},
     _both_of_a_tie: {"model.embed_tokens.weight"},
@@ -125,8 +140,8 @@ READ_WHOLE = {
 @pytest.mark.parametrize(
     "case",
     [
-        _sharded_llama, _cast, _merged_experts, _without_head, _base_of_full, _both_of_a_tie, _both_of_a_broken_tie,
-        _other_names,
+        _kept_buffer, _sharded_llama, _cast, _merged_experts, _without_head, _base_of_full, _both_of_a_tie,
+        _both_of_a_broken_tie, _other_names,
     ],
     ids=lambda case: case.__name__.strip("_"),
 )  # fmt: skip

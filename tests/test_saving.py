@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -50,13 +50,12 @@ def test_a_file_is_the_one_that_safetensors_writes(dtype: torch.dtype, tmp_path:
 
 
 def test_a_file_of_several_dtypes_is_aligned(tmp_path: Path) -> None:
-    kinds = [torch.uint8, torch.float64, torch.bfloat16, torch.int32, torch.bool, torch.float8_e4m3fn]
-    tensors = {f"{i}": torch.ones(3).to(dtype) for i, dtype in enumerate(kinds)}
-    tensors["seen"] = torch.arange(12.0).view(3, 4).T
-    write_safetensors(tensors, tmp_path / "x")
-    found = load_file(tmp_path / "x")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    """The widest come first."""
+    tensors = {f"{i}": torch.ones(3).to(d) for i, d in enumerate((torch.bool, torch.float64, torch.bfloat16))}
+    tensors["strided"] = torch.arange(12.0).view(3, 4).T
+    write_safetensors(tensors, tmp_path / "ours")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_an_unread_model_is_copied_from_file_to_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
