@@ -164,7 +164,7 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
     from autoparallel.emit.deferred import defer_weight_gradients
     from autoparallel.emit.stage import Member, emit_stage, local_tensors
     from autoparallel.schedule.actions import splits_backward
-    from autoparallel.tensor_parallel.splits import TensorParallel
+    from autoparallel.tensor_parallel.splits import SplitGraph
 
     captured = capture(model, dtype=_torch_dtype(plan.dtype))
     plan.check_matches(fingerprint=captured.graph.fingerprint)
@@ -176,7 +176,7 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
         )
     ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
     stages = plan.strategy.stages_of(rank // ranks_per_stage)
-    member = Member(TensorParallel.of_strategy(plan.strategy), rank % plan.strategy.tensor_parallel)
+    member = Member(SplitGraph.of_strategy(captured.graph, plan.strategy), rank % plan.strategy.tensor_parallel)
     tensors = local_tensors(captured, member)
     module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name], member=member)
     if splits_backward(plan.strategy.schedule, plan.strategy.num_stages):

@@ -9,16 +9,16 @@ from autoparallel.cost.tables import load_table
 from autoparallel.cost.workload import Precision, Workload
 from autoparallel.ir.graph import DTYPE_BYTES, Graph
 from autoparallel.plans.strategy import Strategy
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
 from tests.workloads import gpus
 
 
 def lowered_workload(graph: Graph, strategy: Strategy, *, seq_len: int, tensor_index: int) -> Workload:
     """Local costs and parameters, so that the strategy's own degree no longer counts."""
-    split, flavor = TensorParallel.of_strategy(strategy), gpus(strategy.num_devices)
+    split, flavor = SplitGraph.of_strategy(graph, strategy), gpus(strategy.num_devices)
     table, precision = load_table(flavor.device), _one_dtype(graph.parameters[0].dtype)
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
-    lowered = [split.lowered(graph, s, rank=tensor_index) for _, s in sorted(graph.representatives().items())]
+    lowered = [split.lowered(s, rank=tensor_index) for _, s in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, lowered)
     size = strategy.batch_per_device
     return Workload(

@@ -29,8 +29,8 @@ from autoparallel.ir.ops import (
     contracted_inputs,
     flops,
 )
-from autoparallel.tensor_parallel.lower import LoweredSegment
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 CROSS_ENTROPY = "aten.cross_entropy_loss.default"
 # Lookups touch as many rows of their first operand as they return, not the whole table.
@@ -78,7 +78,7 @@ def build_workload(
     """
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
     sizes = sorted(set(micro_batch_sizes))
-    whole = [TensorParallel().lowered(graph, segment) for _, segment in sorted(graph.representatives().items())]
+    whole = [SplitGraph(graph).lowered(segment) for _, segment in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, whole)
     found, impossible = variants(
         graph, tensor_degrees, micro_batch_sizes=sizes, seq_len=seq_len, price=pricing.segment_cost

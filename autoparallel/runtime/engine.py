@@ -24,7 +24,7 @@ from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.parameters import make_leaves, place, shard
 from autoparallel.runtime.pipeline import LocalStage, Pipeline
 from autoparallel.schedule.actions import splits_backward
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
 
 
 class Engine:
@@ -41,17 +41,17 @@ class Engine:
             tensor_parallel=strategy.tensor_parallel,
             device_type=device.type,
         )
-        self.split = TensorParallel.of_strategy(strategy)
+        self.split = SplitGraph.of_strategy(program.graph, strategy)
         stage_of_segment = [
             index % strategy.num_stages
             for index, s in enumerate(strategy.stages)
             for _ in range(s.first_segment, s.last_segment + 1)
         ]
         sharded = strategy.distribute_param > 0
-        splits = self.split.parameters(program.graph)
+        splits = self.split.parameters()
         self.parameters = place(model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded)
         self.logits_spec, loss_spec = _output_specs(program)
-        self.vocabulary = self.split.logits(program.graph)
+        self.vocabulary = self.split.logits()
         self.stages = self._emit(program, state_tensors(model, program), loss_spec)
         self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
@@ -69,7 +69,7 @@ class Engine:
         graph, strategy = program.graph, self.strategy
         plans = strategy.stages_of(self.mesh.stage)
         segments = [segment for plan in plans for segment in range(plan.first_segment, plan.last_segment + 1)]
-        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
+        leaves = make_leaves(self.parameters, self.split.shared_parameters(segments))
         member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
         stages = []
         for index, plan in zip(range(self.mesh.stage, strategy.total_stages, strategy.num_stages), plans, strict=True):
@@ -81,8 +81,8 @@ class Engine:
             if strategy.distribute_param > 0:
                 shard(module, self.parameters, distribute_param=strategy.distribute_param)
             is_last = plan.last_segment == graph.num_segments - 1
-            entering = self.split.entering(graph, plan.first_segment)
-            leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)
+            entering = self.split.entering(plan.first_segment)
+            leaving = (loss_spec,) if is_last else self.split.entering(plan.last_segment + 1)
             stages.append(LocalStage(index, module, entering, leaving))
         return stages
 
