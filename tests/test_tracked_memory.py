@@ -16,6 +16,7 @@ from autoparallel.plans.strategy import Strategy
 from tests.fake_cluster import Memory, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.lowered import lowered_workload
 from tests.strategies import even_stages
+from tests.workloads import MIXED
 
 TOLERANCE = 0.05
 
@@ -44,7 +45,7 @@ def check(name: str, fields: dict[str, Any], programs: dict[str, Program]) -> No
         programs[name] = capture(config, dtype=torch.bfloat16)
     program, strategy = programs[name], Strategy(**fields)
     strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
-    workload = lowered_workload(program.graph, strategy, seq_len=seq_len, tensor_index=0)
+    workload = lowered_workload(program.graph, strategy, seq_len=seq_len, tensor_index=0, precision=MIXED)
     found = []
     for stage in range(strategy.num_stages):
         parts = rank_memory(workload, strategy, rank=stage)
@@ -59,7 +60,7 @@ def tracked_bytes(program: Program, config: PretrainedConfig, strategy: Strategy
     """Of a whole second step, the optimizer's among it."""
     memory = Memory()
     with fake_rank(
-        program, config, strategy, rank=rank, seq_len=seq_len, dtype=torch.bfloat16, watched_by=memory
+        program, config, strategy, rank=rank, seq_len=seq_len, master_dtype="float32", watched_by=memory
     ) as alone:
         alone.step()
         memory.forget_peak()

@@ -104,6 +104,8 @@ class RankStep:
     strategy: Strategy
     seq_len: int
     rank: int
+    gradient_dtype: str
+    """In which gradients are summed."""
 
     def traffic(self) -> Traffic:
         """Everything that the rank communicates."""
@@ -227,6 +229,9 @@ class RankStep:
     def _splits(self) -> dict[str, ParameterSplit]:
         return self.split.parameters()
 
+    def _gradient(self, parameter: Parameter) -> Shape:
+        return self._shape(parameter)._replace(dtype=self.gradient_dtype)
+
     def _shape(self, parameter: Parameter) -> Shape:
         return Shape(self._splits[parameter.name].local_shape(self.place.tensor_index), parameter.dtype)
 
@@ -279,8 +284,9 @@ class RankStep:
 
     def _sharded(self, phase: Phase, kind: CollectiveKind, unit: list[Parameter]) -> Transfer:
         ways = self.strategy.data_parallel
-        size_bytes = sum(self._shape(p).padded(ways).size_bytes for p in unit)
-        return Transfer(phase, kind, "data", self._data_group, unit[0].dtype, size_bytes)
+        shapes = [self._gradient(p) if kind == "reduce_scatter" else self._shape(p) for p in unit]
+        size_bytes = sum(shape.padded(ways).size_bytes for shape in shapes)
+        return Transfer(phase, kind, "data", self._data_group, shapes[0].dtype, size_bytes)
 
     def _gradients(self) -> Traffic:
         """Sums of gradients once a step: over replicas that hold them whole, of addends over the tensor-parallel group,
@@ -290,7 +296,7 @@ class RankStep:
         found: Traffic = Counter()
         mine = [p for p in self.graph.parameters if p.trainable and self.place.stage in self._stages(p)]
         if strategy.distribute_param == 0 and strategy.data_parallel > 1:
-            found += _summed([self._shape(p) for p in mine], "data", self._data_group)
+            found += _summed([self._gradient(p) for p in mine], "data", self._data_group)
         if strategy.tensor_parallel > 1:
             segments = [segment for segment, _ in self._segments()]
             shared = self.split.shared_parameters(segments)
@@ -302,7 +308,7 @@ class RankStep:
 
     def _piece(self, parameter: Parameter) -> Shape:
         """What the rank holds of a parameter's reduced gradient."""
-        shape = self._shape(parameter)
+        shape = self._gradient(parameter)
         sharded = self.strategy.distribute_param > 0
         return shape.shard(self.strategy.data_parallel, self.place.data_index) if sharded else shape
 

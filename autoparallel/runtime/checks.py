@@ -78,7 +78,7 @@ class Fingerprint:
         for name, p in placed.items():
             if p.master.requires_grad != self.trainable[name]:
                 raise _too_late(f"requires_grad of {name} changed to {p.master.requires_grad}")
-            if p.leaf is not None and local(p.leaf).data_ptr() != p.master.data_ptr():
+            if p.leaf is not None and not p.is_copied and local(p.leaf).data_ptr() != p.master.data_ptr():
                 raise _too_late(
                     f"{name}.data was rebound", remedy="write into it: p.data.copy_(...) or p.data.mul_(...)"
                 )

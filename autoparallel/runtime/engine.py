@@ -49,7 +49,9 @@ class Engine:
         ]
         sharded = strategy.distribute_param > 0
         splits = self.split.parameters()
-        self.parameters = place(model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded)
+        self.parameters = place(
+            model, program.graph.parameters, stage_of_segment, splits, self.mesh, plan.precision, sharded=sharded
+        )
         self.logits_spec, loss_spec = _output_specs(program)
         self.vocabulary = self.split.logits()
         self.stages = self._emit(program, state_tensors(model, program), loss_spec)
@@ -91,9 +93,7 @@ class Engine:
         gradient.
         """
         batch = self._filled(batch)
-        for p in self.parameters.placed:
-            if p.leaf is not None:
-                p.leaf.grad = None
+        self.parameters.begin_step()
         with torch.enable_grad(), self._own_random_stream(batch.seed):
             loss = self.pipeline.train(self._micro_batches(batch))
         with torch.no_grad():
@@ -105,6 +105,7 @@ class Engine:
         """(loss, logits [rows, seq, vocabulary]) of the whole batch on every rank."""
         rows, seq_len = batch.rows, batch.seq_len
         batch = self._filled(batch)
+        self.parameters.refresh_copies()
         with self._own_random_stream(batch.seed):
             mine = self.pipeline.forward(self._micro_batches(batch))
         loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)
