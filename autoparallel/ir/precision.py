@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from autoparallel.errors import ConfigError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES
@@ -11,18 +15,19 @@ from autoparallel.ir.schema import Schema
 
 HALVES = ("bfloat16", "float16")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_Dtype = Annotated[str, Field(pattern=f"^({'|'.join(COMPUTE_DTYPES)})$")]
 
 
 class Precision(Schema):
     """Parameters rest as masters and are read as compute copies; where the two agree there is one copy."""
 
-    compute_dtype: str
+    compute_dtype: _Dtype
     """Of parameters as the program reads them, of activations and of their gradients."""
-    master_dtype: str
+    master_dtype: _Dtype
     """Of parameters as the user loaded them, the optimizer steps them and checkpoints hold them."""
-    gradient_dtype: str
+    gradient_dtype: _Dtype
     """In which gradients are summed over micro-batches and over ranks."""
-    optimizer_state_bytes: int
+    optimizer_state_bytes: int = Field(ge=0)
     """Of one trainable element."""
 
     @classmethod

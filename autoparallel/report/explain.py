@@ -71,8 +71,8 @@ def _question(plan: Plan) -> str:
 
 
 def _dtypes(precision: Precision) -> str:
-    masters = f", masters in {clean(precision.master_dtype)}" if precision.separate_compute_copy else ""
-    return f"compute in {clean(precision.compute_dtype)}{masters}"
+    masters = f", masters in {precision.master_dtype}" if precision.separate_compute_copy else ""
+    return f"compute in {precision.compute_dtype}{masters}"
 
 
 def _choice(plan: Plan) -> str:
