@@ -36,8 +36,8 @@ def check_inputs(given: Mapping[str, Any]) -> None:
         raise ContractError(
             "the model is called under autocast",
             why="all micro-batches run backward inside this call, and backward must not run under autocast",
-            remedy='leave it out and compute in bf16 with fp32 masters: compile(model, dtype="bfloat16"), or mixed_precision=True '
-            "in the one line; with HF Trainer, leave bf16 and fp16 out of TrainingArguments",
+            remedy='leave it out and compute in bf16 with fp32 masters: compile(model, dtype="bfloat16"), or '
+            "mixed_precision=True in the one line; with HF Trainer, leave bf16 and fp16 out of TrainingArguments",
         )
     input_ids = given.get("input_ids")
     if input_ids is None:
