@@ -155,11 +155,13 @@ def test_other_families(family: str, programs: dict[str, Program]) -> None:
         check(family, strategy, ends(strategy), programs)
 
 
-QWEN: dict[str, Any] = {"num_stages": 4, "num_micro_batches": 8}
-LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel": 2, "num_micro_batches": 8}
+QWEN: dict[str, Any] = {"num_stages": 4, "num_micro_batches": 5}
+LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel": 2, "num_micro_batches": 5}
+INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 5, "num_micro_batches": 4}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -173,11 +175,12 @@ LLAMA: dict[str, Any] = {"num_stages": 4, "tensor_parallel": 8, "data_parallel":
         pytest.param(
             "llama-70b", LLAMA | {"distribute_param": 1, "recomputation": "full"}, marks=pytest.mark.exhaustive
         ),
-        ("llama-70b", LLAMA | {"sequence_parallel": True, "distribute_param": 3, "recomputation": "selective"}),
-        (
+        pytest.param(
             "llama-70b",
-            LLAMA | {"sequence_parallel": True, "schedule": "interleaved", "virtual_stages": 5, "distribute_param": 2},
+            LLAMA | {"sequence_parallel": True, "distribute_param": 3, "recomputation": "selective"},
+            marks=pytest.mark.exhaustive,
         ),
+        ("llama-70b", LLAMA | INTERLEAVED | {"sequence_parallel": True, "distribute_param": 2}),
     ],
 )
 def test_full_size_models(family: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:
