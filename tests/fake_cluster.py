@@ -103,7 +103,7 @@ def fake_rank(
     *,
     rank: int,
     seq_len: int,
-    dtype: torch.dtype,
+    master_dtype: str,
     watched_by: AbstractContextManager[Any] | None = None,
 ) -> Iterator[FakeRank]:
     """`rank` of the strategy's devices. Sends go nowhere, collectives return their buffers; no tensor has values."""
@@ -111,8 +111,9 @@ def fake_rank(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fake, watched_by or nullcontext():
-            model = fake_twin(config, fake_mode=fake, dtype=dtype)
-            engine = Engine(model, program, plan_for(program, strategy, seq_len=seq_len), device=CPU)
+            model = fake_twin(config, fake_mode=fake, dtype=getattr(torch, master_dtype))
+            plan = plan_for(program, strategy, seq_len=seq_len, master_dtype=master_dtype)
+            engine = Engine(model, program, plan, device=CPU)
             tokens = torch.zeros(strategy.batch_size, seq_len, dtype=torch.long)
             batch = Batch(
                 input_ids=tokens,

@@ -24,7 +24,7 @@ from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.parameters import Parameters
 from autoparallel.tensor_parallel.layout import Dim, Sharding
-from autoparallel.tensor_parallel.lower import Lowering
+from autoparallel.tensor_parallel.regions import Regions
 from tests.equality import parallel
 from tests.families import make_batch, make_model
 from tests.ranks import run_ranks
@@ -223,7 +223,7 @@ def norms_on_sequence_shards(mended: bool) -> tuple[Values, Values]:
 def row_parallel_bias(mended: bool) -> tuple[Values, Values]:
     """A bias that every rank adds to its part of a sum is counted once for each rank."""
     if not mended:
-        Lowering.deferred_bias = lambda self, op: None  # type: ignore[method-assign]
+        Regions.deferred_bias = lambda self, op: None  # type: ignore[method-assign]
     return _trained_losses("gpt2", TENSOR_PARALLEL)
 
 

@@ -16,8 +16,8 @@ from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParame
 from autoparallel.ir.graph import Graph
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
 from autoparallel.tensor_parallel.layout import ParameterSplit
-from autoparallel.tensor_parallel.lower import LoweredSegment
 from autoparallel.tensor_parallel.splits import Split, legal_splits, split_names
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 STATE_BYTES = 16
 """Of a trained element: fp32 master, gradient and AdamW's two moments; weighs parameters against activations."""

@@ -36,7 +36,8 @@ def check_inputs(given: Mapping[str, Any]) -> None:
         raise ContractError(
             "the model is called under autocast",
             why="all micro-batches run backward inside this call, and backward must not run under autocast",
-            remedy="load the model in the dtype you want instead: from_pretrained(..., dtype=torch.bfloat16)",
+            remedy='leave it out and compute in bf16 with fp32 masters: compile(model, dtype="bfloat16"), or '
+            "mixed_precision=True in the one line; with HF Trainer, leave bf16 and fp16 out of TrainingArguments",
         )
     input_ids = given.get("input_ids")
     if input_ids is None:
@@ -78,7 +79,7 @@ class Fingerprint:
         for name, p in placed.items():
             if p.master.requires_grad != self.trainable[name]:
                 raise _too_late(f"requires_grad of {name} changed to {p.master.requires_grad}")
-            if p.leaf is not None and local(p.leaf).data_ptr() != p.master.data_ptr():
+            if p.leaf is not None and not p.is_copied and local(p.leaf).data_ptr() != p.master.data_ptr():
                 raise _too_late(
                     f"{name}.data was rebound", remedy="write into it: p.data.copy_(...) or p.data.mul_(...)"
                 )

@@ -25,7 +25,7 @@ from autoparallel.runtime.parameters import make_leaves, shard
 from autoparallel.runtime.pipeline import LocalStage, Pipeline
 from autoparallel.runtime.placement import place
 from autoparallel.schedule.actions import splits_backward
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
 
 
 class Engine:
@@ -42,19 +42,24 @@ class Engine:
             tensor_parallel=strategy.tensor_parallel,
             device_type=device.type,
         )
-        self.split = TensorParallel.of_strategy(strategy)
+        self.split = SplitGraph.of_strategy(program.graph, strategy)
         stage_of_segment = [
             index % strategy.num_stages
             for index, s in enumerate(strategy.stages)
             for _ in range(s.first_segment, s.last_segment + 1)
         ]
-        sharded = strategy.distribute_param > 0
-        splits = self.split.parameters(program.graph)
         self.parameters = place(
-            model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded, device=device
+            model,
+            program.graph.parameters,
+            stage_of_segment,
+            self.split.parameters(),
+            self.mesh,
+            plan.precision,
+            sharded=strategy.distribute_param > 0,
+            device=device,
         )
         self.logits_spec, loss_spec = _output_specs(program)
-        self.vocabulary = self.split.logits(program.graph)
+        self.vocabulary = self.split.logits()
         self.stages = self._emit(program, state_tensors(model, program), loss_spec)
         self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
@@ -72,7 +77,7 @@ class Engine:
         graph, strategy = program.graph, self.strategy
         plans = strategy.stages_of(self.mesh.stage)
         segments = [segment for plan in plans for segment in range(plan.first_segment, plan.last_segment + 1)]
-        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
+        leaves = make_leaves(self.parameters, self.split.shared_parameters(segments))
         member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
         stages = []
         for index, plan in zip(range(self.mesh.stage, strategy.total_stages, strategy.num_stages), plans, strict=True):
@@ -84,8 +89,8 @@ class Engine:
             if strategy.distribute_param > 0:
                 shard(module, self.parameters, distribute_param=strategy.distribute_param)
             is_last = plan.last_segment == graph.num_segments - 1
-            entering = self.split.entering(graph, plan.first_segment)
-            leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)
+            entering = self.split.entering(plan.first_segment)
+            leaving = (loss_spec,) if is_last else self.split.entering(plan.last_segment + 1)
             stages.append(LocalStage(index, module, entering, leaving))
         return stages
 
@@ -94,9 +99,7 @@ class Engine:
         gradient.
         """
         batch = self._filled(batch)
-        for p in self.parameters.placed:
-            if p.leaf is not None:
-                p.leaf.grad = None
+        self.parameters.begin_step()
         with torch.enable_grad(), self._own_random_stream(batch.seed):
             loss = self.pipeline.train(self._micro_batches(batch))
         with torch.no_grad():
@@ -108,6 +111,7 @@ class Engine:
         """(loss, logits [rows, seq, vocabulary]) of the whole batch on every rank."""
         rows, seq_len = batch.rows, batch.seq_len
         batch = self._filled(batch)
+        self.parameters.refresh_copies()
         with self._own_random_stream(batch.seed):
             mine = self.pipeline.forward(self._micro_batches(batch))
         loss = self._sum_over_ranks(torch.stack([r[0] for r in mine]).sum() if mine else None)

@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from autoparallel.errors import AutoParallelError, LaunchError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.runtime.launcher import LAUNCHER_PID, OUTPUT_SOCKET
-from autoparallel.runtime.uncaught import install_error_hook
+from autoparallel.runtime.uncaught import exit_code, install_error_hook
 
 ARRIVAL_S = {"cpu": 60, "gpu": 600}
 """How long ranks may be apart when they reach the call; loading weights is what keeps GPU ranks."""
@@ -46,7 +46,7 @@ class RankMissingError(LaunchError):
 
 def ensure_launched(flavor: Flavor) -> None:
     """Return in each of the `flavor.num_devices` ranks with torch.distributed initialised; start them if nobody has."""
-    install_error_hook(_leave)
+    install_error_hook()
     if dist.is_initialized():
         if dist.get_world_size() != flavor.num_devices:
             raise _world_size_error(flavor, dist.get_world_size())
@@ -61,7 +61,7 @@ def ensure_launched(flavor: Flavor) -> None:
         dist.init_process_group(_backend(flavor), store=store, rank=0, world_size=1)
     else:
         _relaunch(flavor)
-    install_error_hook(_leave)  # over torch's, which init_process_group has just put on top
+    install_error_hook()  # over torch's, which init_process_group has just put on top
     atexit.register(_leave)
 
 
@@ -128,7 +128,14 @@ def _join(flavor: Flavor) -> None:
 
 
 def _leave() -> None:
-    """At a regular exit: a group that is never destroyed may abort the process while its threads are torn down."""
+    """The exit handler. A group that is never destroyed may abort the process while its threads are torn down; after an
+    error nothing is torn down, since collectives may never end.
+    """
+    code = exit_code()
+    if code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
 

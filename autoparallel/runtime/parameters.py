@@ -1,6 +1,7 @@
 """Parameters in two roles. *Masters* are the user's own Parameter objects: their identity never changes, so an
 optimizer made before or after the plan steps them; a rank holds only its piece of each (all, a shard, or nothing).
-*Leaves* are what the stage computes with; they share the masters' storage, so an optimizer step needs no copy.
+*Leaves* are what the stage computes with. They share the masters' storage, so an optimizer step needs no copy; where
+the program computes in another dtype they are copies, made once a step, and gradients are summed beside them in fp32.
 
 torch's fully_shard makes new parameters, which would leave an early optimizer stepping stale ones; here it may do so
 with the leaves.
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
+from autoparallel.ir.precision import Precision
 from autoparallel.runtime.deferred import Held, put, take
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.tensor_parallel.layout import ParameterSplit
@@ -43,17 +45,33 @@ class Placed:
     """What this rank's stage computes with; None where the stage does not use it."""
     shared: bool = False
     """Whole on every rank of the tensor-parallel group, while each has an addend of its gradient."""
+    total: Tensor | None = None
+    """This rank's gradient, in the dtype of sums; while a step runs, only where that is not the leaf's own dtype."""
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the leaf has a storage of its own."""
+        return self.leaf is not None and self.leaf.dtype != self.master.dtype
+
+    def add(self, leaf: Tensor) -> None:
+        """Move what one micro-batch left in the leaf to the sum; nothing, where its gradient is made later."""
+        grad, leaf.grad = leaf.grad, None
+        if grad is not None:
+            self.total = grad.to(torch.float32) if self.total is None else self.total.add_(grad)
+
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        """The step's gradient, taken from the leaf; zeros where the leaf got none."""
+        assert self.leaf is not None
+        if self.total is None:
+            grad, self.leaf.grad = self.leaf.grad, None
+            piece = torch.zeros_like(self.master) if grad is None else local(grad)
+            self.total = piece.to(dtype)
+        return self.total
 
     def gradient(self) -> Tensor:
-        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none, empty where there is
-        no leaf.
-        """
-        if self.leaf is None:
-            return self.master.new_zeros(self.master.shape)
-        grad, self.leaf.grad = self.leaf.grad, None
-        if grad is None:
-            return torch.zeros_like(self.master)
-        return local(grad)
+        """This rank's piece of the gradient, as the optimizer takes it; empty where there is no leaf."""
+        total, self.total = self.total, None
+        return self.master.new_zeros(self.master.shape) if total is None else total.to(self.master.dtype)
 
 
 @dataclass(eq=False)
@@ -62,6 +80,7 @@ class Parameters:
 
     mesh: Mesh
     sharded: bool
+    precision: Precision
     placed: list[Placed]
     tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
@@ -69,31 +88,45 @@ class Parameters:
         """Those that one device would give a gradient; the same list on every rank."""
         return (p for p in self.placed if p.master.requires_grad and p.stages)
 
-    def reduce_gradients(self) -> None:
-        """Sum the leaves' gradients over replicas, then over the stages that share a tied parameter."""
-        mine = [p for p in self.trained() if p.leaf is not None]
-        for p in mine:
-            assert p.leaf is not None
-            if p.leaf.grad is None:
-                p.leaf.grad = torch.zeros_like(p.leaf)
-        if not self.sharded and self.mesh.data_parallel > 1:
-            _all_reduce_coalesced([p.leaf.grad for p in mine], self.mesh.data_group)  # type: ignore[union-attr,misc]
-        if self.mesh.tensor_parallel > 1:
-            self._sum_addends(mine)
-        for stages, group in self.tie_groups.items():
-            tied = [local(p.leaf.grad) for p in mine if p.stages == stages]  # type: ignore[union-attr,arg-type]
-            _all_reduce_coalesced(tied, group)
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Forget the gradients of a step that nobody took, and read the masters."""
+        for p in self.placed:
+            p.total = None
+            if p.leaf is not None:
+                p.leaf.grad = None
+        self.refresh_copies()
 
-    def _sum_addends(self, mine: list[Placed]) -> None:
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """What the optimizer, or the user, wrote into the masters, into the copies that are computed with."""
+        copies = [(p.leaf, p.master) for p in self.placed if p.is_copied and p.leaf is not None]
+        if copies:
+            leaves, masters = zip(*copies, strict=True)
+            torch._foreach_copy_(leaves, masters)
+
+    def reduce_gradients(self) -> None:
+        """Sum the step's gradients over replicas, then over the stages that share a tied parameter."""
+        dtype = getattr(torch, self.precision.gradient_dtype)
+        totals = {p.name: p.collect(dtype) for p in self.trained() if p.leaf is not None}
+        if not self.sharded and self.mesh.data_parallel > 1:
+            _all_reduce_coalesced(list(totals.values()), self.mesh.data_group)
+        mine = [p for p in self.placed if p.name in totals]
+        if self.mesh.tensor_parallel > 1:
+            self._sum_addends(mine, totals)
+        for stages, group in self.tie_groups.items():
+            _all_reduce_coalesced([totals[p.name] for p in mine if p.stages == stages], group)
+
+    def _sum_addends(self, mine: list[Placed], totals: dict[str, Tensor]) -> None:
         """Gradients of which every rank of the tensor-parallel group has an addend, in one bucket: those of parameters
         that only sharded work reads, and the unsharded segments of fused projections.
         """
-        addends = [local(p.leaf.grad) for p in mine if p.shared]  # type: ignore[union-attr,arg-type]
+        addends = [totals[p.name] for p in mine if p.shared]
         masks = {p.name: mask for p in mine if (mask := self._held_by_all(p)) is not None}
-        parts = [local(p.leaf.grad)[masks[p.name]] for p in mine if p.name in masks]  # type: ignore[union-attr,arg-type]
-        _all_reduce_coalesced(addends + parts, self.mesh.tensor_group)
-        for p, part in zip((p for p in mine if p.name in masks), parts, strict=True):
-            local(p.leaf.grad)[masks[p.name]] = part  # type: ignore[union-attr,arg-type]
+        parts = {name: totals[name][mask] for name, mask in masks.items()}
+        _all_reduce_coalesced([*addends, *parts.values()], self.mesh.tensor_group)
+        for name, part in parts.items():
+            totals[name][masks[name]] = part
 
     def counted(self, placed: Placed, piece: Tensor) -> Tensor | None:
         """What of this rank's piece adds to global sums: each element of the model on one rank only, so that replicas
@@ -200,8 +233,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
-    """Leaves of this rank's stage by name, sharing the masters' storage. Those that fully_shard will cut are on meta,
-    since the rank holds no more than its shard.
+    """Leaves of this rank's stage by name.
 
     `shared` are those of which each tensor-parallel rank gets an addend of the gradient.
     """
@@ -209,13 +241,25 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     for p in parameters.placed:
         p.shared = p.name in shared
         if parameters.mesh.stage in p.stages:
-            value = p.master.data
-            if parameters.sharded:
-                assert p.split is not None
-                shape = p.split.local_shape(parameters.mesh.tensor_index)
-                value = torch.empty(shape, dtype=p.master.dtype, device="meta")
-            p.leaf = leaves[p.name] = nn.Parameter(value, requires_grad=p.master.requires_grad)
+            p.leaf = leaves[p.name] = _leaf(p, parameters)
     return leaves
+
+
+def _leaf(p: Placed, parameters: Parameters) -> nn.Parameter:
+    """fully_shard casts and sums by itself, and cuts; this rank holds no more than its shard, so what is cut is on
+    meta.
+    """
+    value, precision = p.master.data, parameters.precision
+    if parameters.sharded:
+        assert p.split is not None
+        shape = p.split.local_shape(parameters.mesh.tensor_index)
+        return nn.Parameter(torch.empty(shape, dtype=value.dtype, device="meta"), p.master.requires_grad)
+    if precision.separate_compute_copy:
+        value = value.to(getattr(torch, precision.compute_dtype))
+    leaf = nn.Parameter(value, requires_grad=p.master.requires_grad)
+    if value.dtype.itemsize < 4 and leaf.requires_grad:
+        leaf.register_post_accumulate_grad_hook(p.add)
+    return leaf
 
 
 def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
@@ -224,14 +268,19 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
     """
-    mesh = parameters.mesh.device_mesh["dp_shard"]
+    mesh, precision = parameters.mesh.device_mesh["dp_shard"], parameters.precision
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, precision.compute_dtype),
+        reduce_dtype=getattr(torch, precision.gradient_dtype),
+        cast_forward_inputs=False,
+    )
     give_back = distribute_param == 3
     children = [child for child in stage.children() if any(True for _ in child.parameters())]
     holders = Counter(id(leaf) for child in children for leaf in child.parameters())
     for child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
-    whole = fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
+            fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
+    whole = fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
     _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autoparallel.ir.graph import Parameter
+from autoparallel.ir.precision import Precision
 from autoparallel.runtime.deferred import Held, put, take
 from autoparallel.runtime.lazy import LazyParameter
 from autoparallel.runtime.loading import agree_on_lazy
@@ -23,6 +24,7 @@ def place(
     stage_of_segment: list[int],
     splits: dict[str, ParameterSplit],
     mesh: Mesh,
+    precision: Precision,
     *,
     sharded: bool,
     device: torch.device,
@@ -37,7 +39,7 @@ def place(
         stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
         placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
     ties = [p.stages for p in placed if len(p.stages) > 1]
-    parameters = Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
+    parameters = Parameters(mesh, sharded, precision, placed, mesh.stage_groups(ties))
     for p in placed:
         if p.name in in_files:
             _read_piece(parameters, p, device)

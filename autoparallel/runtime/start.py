@@ -20,6 +20,7 @@ from autoparallel import errors
 from autoparallel.capture.program import capture, model_dtype
 from autoparallel.errors import AutoParallelError, ConfigError
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision, choose_precision
 from autoparallel.plans.plan import Plan
 from autoparallel.plans.strategy import Constraints
 from autoparallel.runtime.batch import Batch, agree_on_batch
@@ -47,12 +48,14 @@ def compile_model(
     if isinstance(model, ParallelModule):
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
     check_values(model)
-    _check_runnable_dtype(model, dtype)
+    precision = _precision(model, flavor, dtype=dtype, plan=plan, constraints=constraints)
     ensure_launched(flavor)
     _say_what_it_holds(model)
     _share_random_state()
     device = _device(flavor)
-    start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
+    start = engine_factory(
+        flavor, precision=precision, plan=plan, constraints=constraints, planner=planner, device=device
+    )
     parallelize(model, start, device=device)
     if example_inputs is not None:
         batch = agree_on_batch(
@@ -114,7 +117,13 @@ def _is_capturing() -> bool:
 
 
 def engine_factory(
-    flavor: Flavor, *, plan: Plan | None, constraints: Constraints, planner: Planner, device: torch.device
+    flavor: Flavor,
+    *,
+    precision: Precision,
+    plan: Plan | None,
+    constraints: Constraints,
+    planner: Planner,
+    device: torch.device,
 ) -> EngineFactory:
     """How a compiled model gets its engine when the first training batch arrives."""
 
@@ -124,7 +133,8 @@ def engine_factory(
         parallel, model.__class__ = type(model), plain  # capture sees, and copies, the user's model
         state = model.__dict__.pop("_parallel")
         try:
-            program = capture(model)
+            copied = precision.separate_compute_copy
+            program = capture(model, dtype=getattr(torch, precision.compute_dtype) if copied else None)
         finally:
             model.__class__, model.__dict__["_parallel"] = parallel, state
         agree_on_program(program)
@@ -136,7 +146,7 @@ def engine_factory(
                     flavor,
                     batch_size=batch.rows,
                     seq_len=batch.seq_len,
-                    model_dtype=model_dtype(model),
+                    precision=precision,
                     constraints=constraints,
                 )
             )
@@ -174,14 +184,33 @@ def _agree_on_plan(make: Callable[[], Plan]) -> Plan:
     return Plan.model_validate_json(text)
 
 
-def _check_runnable_dtype(model: nn.Module, dtype: str) -> None:
+def _precision(
+    model: nn.Module, flavor: Flavor, *, dtype: str, plan: Plan | None, constraints: Constraints
+) -> Precision:
+    """Of the run; raises ConfigError for what the loaded weights or the program cannot serve."""
     found = model_dtype(model)
-    if dtype not in ("auto", found):
+    precision = choose_precision(flavor, dtype=dtype, model_dtype=found, mixed_precision=constraints.mixed_precision)
+    if plan is not None:
+        precision = plan.precision
+        if dtype not in ("auto", precision.compute_dtype):
+            raise ConfigError(
+                f"compile got dtype={dtype!r} and a plan that computes in {precision.compute_dtype}",
+                remedy="leave dtype out, or make a plan for it",
+            )
+    if precision.master_dtype != found:
         raise ConfigError(
-            f"the model is {found} and cannot be run in {dtype}",
-            why="the emitted program computes in its parameters' dtype; separate compute copies are only priced so far",
-            remedy=f"load the model with dtype=torch.{dtype}",
+            f"the model is {found} and the program's parameters are to rest in {precision.master_dtype}",
+            why="parameters stay in the dtype in which they were loaded",
+            remedy=f"load the model with dtype=torch.{precision.master_dtype}",
         )
+    if precision.compute_dtype == "float16":
+        raise ConfigError(
+            "training in float16 is not supported",
+            why="small gradients vanish unless the loss is scaled before backward, and all micro-batches run backward "
+            "inside forward, before a GradScaler can scale it",
+            remedy='use dtype="bfloat16", which has the range of fp32',
+        )
+    return precision
 
 
 def _device(flavor: Flavor) -> torch.device:

@@ -47,15 +47,15 @@ class Sharding:
         `before_backward`.
         """
         self.before_backward(last=last)
-        reduces = isinstance(self.stage, FSDPModule) and (last or self.level >= 2)
+        sharded = isinstance(self.stage, FSDPModule)
         # A block's parts come after it among modules(), so that the reversed order ends with the block.
         for part in reversed(list(self.stage.modules())):
             if isinstance(part, DeferredContraction):
                 part.make_weight_gradient()
-            elif reduces and isinstance(part, FSDPModule):
+            elif sharded and isinstance(part, FSDPModule):
                 for group in part._get_fsdp_state()._fsdp_param_groups:
                     group.post_backward()
-        if reduces:
+        if sharded and (last or self.level >= 2):
             self.stage._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
 
     def forget_weight_gradients(self) -> None:
