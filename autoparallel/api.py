@@ -226,7 +226,7 @@ def compile(
 
 def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constraints: Any) -> None:
     """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make
-    it run.
+    it run. `from_pretrained` after it leaves the weights in their files until each rank reads its part of them.
 
     Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device,
     ...
