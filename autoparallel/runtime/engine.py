@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor, nn
 
 from autoparallel.capture.program import Program
@@ -30,7 +31,9 @@ from autoparallel.tensor_parallel.splits import SplitGraph
 class Engine:
     """The emitted program of one rank."""
 
-    def __init__(self, model: nn.Module, program: Program, plan: Plan, *, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, program: Program, plan: Plan, *, device: torch.device, torch_compile: bool = False
+    ) -> None:
         plan.check_matches(fingerprint=program.graph.fingerprint, num_devices=dist.get_world_size())
         strategy = plan.strategy
         assert strategy.stages is not None
@@ -54,7 +57,7 @@ class Engine:
         )
         self.logits_spec, loss_spec = _output_specs(program)
         self.vocabulary = self.split.logits()
-        self.stages = self._emit(program, state_tensors(model, program), loss_spec)
+        self.stages = self._emit(program, state_tensors(model, program), loss_spec, torch_compile=torch_compile)
         self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device)
         self.loss_dtype = getattr(torch, loss_spec.dtype)
         self._random_state: dict[str, Tensor] = {}
@@ -66,7 +69,9 @@ class Engine:
             if part is not model:
                 part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))
 
-    def _emit(self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec) -> list[LocalStage]:
+    def _emit(
+        self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec, *, torch_compile: bool
+    ) -> list[LocalStage]:
         """The stages of this pipeline rank, first to last, their parameters placed and sharded."""
         graph, strategy = program.graph, self.strategy
         plans = strategy.stages_of(self.mesh.stage)
@@ -80,6 +85,13 @@ class Engine:
             )
             if splits_backward(strategy.schedule, strategy.num_stages):
                 defer_weight_gradients(module)
+                if torch_compile:
+                    logger.warning(
+                        "Not compiled: a backward in two halves; constrain schedule to another one than zero_bubble."
+                    )
+            elif torch_compile:
+                for block in module.children():
+                    block.compile()
             if strategy.distribute_param > 0:
                 shard(module, self.parameters, distribute_param=strategy.distribute_param)
             is_last = plan.last_segment == graph.num_segments - 1

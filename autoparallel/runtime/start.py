@@ -40,6 +40,7 @@ def compile_model(
     plan: Plan | None,
     constraints: Constraints,
     example_inputs: dict[str, Any] | None,
+    torch_compile: bool,
     planner: Planner,
 ) -> nn.Module:
     """Launch, and give `model` the parallel forward; with example inputs, plan now."""
@@ -50,7 +51,13 @@ def compile_model(
     _share_random_state()
     device = _device(flavor)
     start = engine_factory(
-        flavor, precision=precision, plan=plan, constraints=constraints, planner=planner, device=device
+        flavor,
+        precision=precision,
+        plan=plan,
+        constraints=constraints,
+        torch_compile=torch_compile,
+        planner=planner,
+        device=device,
     )
     parallelize(model, start, device=device)
     if example_inputs is not None:
@@ -65,7 +72,7 @@ def compile_model(
     return model
 
 
-def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
+def enable(flavor: Flavor, constraints: Constraints, *, torch_compile: bool, planner: Planner) -> None:
     """Launch, and compile every HF model at the first call that trains it."""
     ensure_launched(flavor)
     _share_random_state()
@@ -79,7 +86,14 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
         known = isinstance(self, ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
         if not known and bind(self.forward, args, kwargs).get("labels") is not None:
             compile_model(
-                self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
+                self,
+                flavor,
+                dtype="auto",
+                plan=None,
+                constraints=constraints,
+                example_inputs=None,
+                torch_compile=torch_compile,
+                planner=planner,
             )
         return plain_call(self, *args, **kwargs)
 
@@ -107,6 +121,7 @@ def engine_factory(
     precision: Precision,
     plan: Plan | None,
     constraints: Constraints,
+    torch_compile: bool,
     planner: Planner,
     device: torch.device,
 ) -> EngineFactory:
@@ -135,7 +150,7 @@ def engine_factory(
                 )
             )
         )
-        engine = Engine(model, program, adopted, device=device)
+        engine = Engine(model, program, adopted, device=device, torch_compile=torch_compile)
         if is_main():
             estimate = adopted.estimate
             logger.info(
