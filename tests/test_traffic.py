@@ -25,6 +25,16 @@ from tests.strategies import even_stages
 
 SEQ = 16
 CONFIGS = {**FAMILIES, **UNSEEN, "qwen-7b": qwen_7b, "llama-70b": llama_70b}
+
+
+def multi_query() -> PretrainedConfig:
+    """Queries are sharded, while every rank holds the one key and value of the fused projection."""
+    config = UNSEEN["phi3"]()
+    config.num_key_value_heads = 1
+    return config
+
+
+CONFIGS["multi-query"] = multi_query
 HUGE = {"qwen-7b", "llama-70b"}
 FP32 = Precision.of("float32", "float32")
 
@@ -111,6 +121,8 @@ SAMPLE = {
     ),
     "zero-bubble": ("llama", {"schedule": "zero_bubble", "tensor_parallel": 2, "sequence_parallel": True}),
     "zero-bubble-sharded": ("qwen2", {"schedule": "zero_bubble", "distribute_param": 3, "recomputation": "full"}),
+    "fused": ("multi-query", {"tensor_parallel": 2}),
+    "fused-sharded": ("multi-query", {"tensor_parallel": 2, "sequence_parallel": True, "distribute_param": 3}),
     "windowed": ("mistral", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
 }
 
@@ -147,7 +159,7 @@ def test_every_combination(tensor: tuple[int, bool], schedule: Any, programs: di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in UNSEEN if family not in ("phi3", "gemma2")])
+@pytest.mark.parametrize("family", UNSEEN)
 def test_other_families(family: str, programs: dict[str, Program]) -> None:
     for by_tokens in (False, True):
         fields = SIZE | {"tensor_parallel": 2, "sequence_parallel": by_tokens, "recomputation": "full"}
