@@ -22,8 +22,9 @@ from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
-from autoparallel.runtime.parameters import make_leaves, place, shard
+from autoparallel.runtime.parameters import make_leaves, shard
 from autoparallel.runtime.pipeline import LocalStage, Pipeline
+from autoparallel.runtime.placement import place
 from autoparallel.schedule.actions import splits_backward
 from autoparallel.tensor_parallel.splits import SplitGraph
 
@@ -50,10 +51,15 @@ class Engine:
             for index, s in enumerate(strategy.stages)
             for _ in range(s.first_segment, s.last_segment + 1)
         ]
-        sharded = strategy.distribute_param > 0
-        splits = self.split.parameters()
         self.parameters = place(
-            model, program.graph.parameters, stage_of_segment, splits, self.mesh, plan.precision, sharded=sharded
+            model,
+            program.graph.parameters,
+            stage_of_segment,
+            self.split.parameters(),
+            self.mesh,
+            plan.precision,
+            sharded=strategy.distribute_param > 0,
+            device=device,
         )
         self.logits_spec, loss_spec = _output_specs(program)
         self.vocabulary = self.split.logits()

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from autoparallel.emit.stage import readable
-from autoparallel.errors import ContractError, WorkerError
+from autoparallel.errors import ContractError
 from autoparallel.plans.plan import Plan
+from autoparallel.runtime import saving
 from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.checks import bind, check_inputs
 from autoparallel.runtime.engine import Engine
@@ -139,7 +139,7 @@ class ParallelModule:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
         with engine.gathering():
             state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        _fill_in(self, state, engine, prefix=kwargs.get("prefix", args[1] if len(args) > 1 else ""), keep=True)
+        _fill_in(self, state, engine, prefix=kwargs.get("prefix", args[1] if len(args) > 1 else ""))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -155,30 +155,16 @@ class ParallelModule:
                 engine.parameters.load(p, loaded[p.name])
         return result
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write a plain HF directory: rank 0 gathers and writes, everyone waits for it."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write a plain HF directory (collective): rank 0 gathers and writes one tensor at a time."""
         assert isinstance(self, nn.Module)
-        engine = self._parallel.engine
-        state = kwargs.pop("state_dict", None)
-        if state is None and engine is None:
-            state = super().state_dict()  # type: ignore[misc]
-        elif state is None and engine is not None:
-            with engine.gathering():
-                state = super().state_dict()  # type: ignore[misc]
-            _fill_in(self, state, engine, prefix="", keep=dist.get_rank() == 0)
-        failure = [""]
-        if dist.get_rank() == 0:
-            try:
-                super().save_pretrained(save_directory, state_dict=state, **kwargs)  # type: ignore[misc]
-            except Exception as error:
-                failure = [f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0]:
-            raise WorkerError(
-                f"rank 0 could not save to {save_directory}",
-                why=failure[0],
-                remedy="free space or choose another folder",
-            )
+        engine, state = self._parallel.engine, kwargs.pop("state_dict", None)
+        parameters = engine.parameters if engine is not None and state is None else None
+        if state is None:
+            with engine.gathering() if engine is not None else nullcontext():
+                names = super().state_dict(keep_vars=True)  # type: ignore[misc]
+            state = saving.deferred_state(self, names, parameters)
+        saving.save(super().save_pretrained, save_directory, state, parameters, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.cuda()` and `.to()` place parameters freely until the plan does; afterwards only a no-op is allowed."""
@@ -254,10 +240,8 @@ class _Deposit(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str, keep: bool) -> None:
-    """Replace this rank's pieces in a state dict by whole tensors; where `keep` is False they are gathered and
-    dropped.
-    """
+def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str) -> None:
+    """Replace this rank's pieces in a state dict by whole tensors."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(prefix + name)
@@ -265,7 +249,7 @@ def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: st
         whole = engine.parameters.full(p)
         for name in names[id(p.master)]:
             if name in state:
-                state[name] = whole if keep else whole.new_empty(0)
+                state[name] = whole
 
 
 @contextmanager

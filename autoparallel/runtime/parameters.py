@@ -13,17 +13,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
-from autoparallel.emit.stage import taken
-from autoparallel.ir.graph import Parameter
 from autoparallel.ir.precision import Precision
+from autoparallel.runtime.deferred import Held, put, take
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.tensor_parallel.layout import ParameterSplit
 
@@ -176,8 +177,23 @@ class Parameters:
         """This rank's piece of a tensor laid out as the whole parameter."""
         if placed.leaf is None:
             return whole.new_empty(placed.master.shape) if placed.stages else whole
-        part = taken(whole, placed.split, self.mesh.tensor_index)
-        return distribute(part, placed.leaf) if isinstance(placed.leaf, DTensor) else part
+        return take(whole, self.held(placed))
+
+    def holds(self, placed: Placed) -> bool:
+        """Whether this rank's stage has a part of the parameter; every rank has what the loss does not depend on."""
+        return not placed.stages or self.mesh.stage in placed.stages
+
+    def held(self, placed: Placed, *, data_index: int | None = None, tensor_index: int | None = None) -> Held:
+        """By dim, the indices of the parameter that a rank of an owning stage holds; this rank's own by default."""
+        tensor_index = self.mesh.tensor_index if tensor_index is None else tensor_index
+        data_index = self.mesh.data_index if data_index is None else data_index
+        whole: list[NDArray[np.int64] | None] = [None] * len(placed.shape)
+        indices = whole if placed.split is None else placed.split.indices(tensor_index)
+        if self.sharded and placed.stages:
+            rows = np.arange(placed.shape[0]) if indices[0] is None else indices[0]
+            length = -(-len(rows) // self.mesh.data_parallel)  # as fully_shard chunks: evenly, the last ones shorter
+            indices[0] = rows[data_index * length : (data_index + 1) * length]
+        return tuple(indices)
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
@@ -191,22 +207,13 @@ class Parameters:
             owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0, tensor_index=rank)
             received = part.contiguous() if dist.get_rank() == owner else part.new_empty(split.local_shape(rank))
             dist.broadcast(received, src=owner)
-            put(whole, received, split, rank)
+            put(whole, received, tuple(split.indices(rank)))
         return whole
 
     def load(self, placed: Placed, value: Tensor) -> None:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
-
-
-def put(whole: Tensor, part: Tensor, split: ParameterSplit, rank: int) -> None:
-    """Write what a rank holds into the whole parameter; at most one dim is divided."""
-    divided = [(dim, indices) for dim, indices in enumerate(split.indices(rank)) if indices is not None]
-    if not divided:
-        whole.copy_(part)
-    for dim, indices in divided:
-        whole.index_copy_(dim, torch.from_numpy(indices).to(whole.device), part)
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
@@ -232,33 +239,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place(
-    model: nn.Module,
-    table: tuple[Parameter, ...],
-    stage_of_segment: list[int],
-    splits: dict[str, ParameterSplit],
-    mesh: Mesh,
-    precision: Precision,
-    *,
-    sharded: bool,
-) -> Parameters:
-    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded
-    init differs.
-    """
-    by_name = {p.name: p for p in table}
-    placed = []
-    for name, master in model.named_parameters():
-        dist.broadcast(master.data, src=0)
-        stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
-        placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
-    for _, buffer in model.named_buffers():
-        dist.broadcast(buffer, src=0)
-    ties = [p.stages for p in placed if len(p.stages) > 1]
-    return Parameters(mesh, sharded, precision, placed, mesh.stage_groups(ties))
-
-
 def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
-    """Leaves of this rank's stage by name; the masters of other stages give up their storage.
+    """Leaves of this rank's stage by name.
 
     `shared` are those of which each tensor-parallel rank gets an addend of the gradient.
     """
@@ -266,23 +248,23 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     for p in parameters.placed:
         p.shared = p.name in shared
         if parameters.mesh.stage in p.stages:
-            if p.split is not None and p.split.is_sharded:
-                p.master.data = taken(p.master.data, p.split, parameters.mesh.tensor_index).contiguous()
-                p.master.grad = None
             p.leaf = leaves[p.name] = _leaf(p, parameters)
-        elif p.stages:
-            p.master.data = p.master.data.new_empty((0, *p.shape[1:]))
-            p.master.grad = None
     return leaves
 
 
 def _leaf(p: Placed, parameters: Parameters) -> nn.Parameter:
-    """fully_shard casts and sums by itself."""
+    """fully_shard casts and sums by itself, and cuts; this rank holds no more than its shard, so what is cut is on
+    meta.
+    """
     value, precision = p.master.data, parameters.precision
-    if precision.separate_compute_copy and not parameters.sharded:
+    if parameters.sharded:
+        assert p.split is not None
+        shape = p.split.local_shape(parameters.mesh.tensor_index)
+        return nn.Parameter(torch.empty(shape, dtype=value.dtype, device="meta"), p.master.requires_grad)
+    if precision.separate_compute_copy:
         value = value.to(getattr(torch, precision.compute_dtype))
     leaf = nn.Parameter(value, requires_grad=p.master.requires_grad)
-    if value.dtype.itemsize < 4 and leaf.requires_grad and not parameters.sharded:
+    if value.dtype.itemsize < 4 and leaf.requires_grad:
         leaf.register_post_accumulate_grad_hook(p.add)
     return leaf
 
@@ -327,14 +309,21 @@ def _prefetch_in_order(stage: FSDPModule, blocks: list[FSDPModule]) -> None:
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
+    """Give the sharded leaves their values, and the masters the leaves' memory (which may be padded)."""
     by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
-    for p in parameters.placed:
-        if p.leaf is not None and p.name in by_name:
-            leaf = by_name[p.name]
-            assert isinstance(leaf, DTensor)
-            p.leaf = leaf
-            p.master.data = leaf.to_local().detach()
-            p.master.grad = None
+    mine = [p for p in parameters.placed if p.leaf is not None and p.name in by_name]
+    pieces = {id(by_name[p.name]): p.master.data for p in mine}
+
+    def filled(tensor: Tensor) -> Tensor:
+        piece = pieces.pop(id(tensor), None)
+        return tensor if piece is None else like(piece, tensor)  # type: ignore[arg-type]
+
+    stage._apply(filled)  # fully_shard takes over what it finds after it
+    for p in mine:
+        leaf = by_name[p.name]
+        assert isinstance(leaf, DTensor)
+        p.leaf = leaf
+        p.master.data = leaf.to_local().detach()
 
 
 def _plain_name(name: str) -> str:

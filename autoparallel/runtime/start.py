@@ -27,6 +27,8 @@ from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
+from autoparallel.runtime.lazy import LazyParameter
+from autoparallel.runtime.loading import check_values, load_lazily
 from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
 
 Planner = Callable[..., Plan]
@@ -46,8 +48,10 @@ def compile_model(
     """Launch, and give `model` the parallel forward; with example inputs, plan now."""
     if isinstance(model, ParallelModule):
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
+    check_values(model)
     precision = _precision(model, flavor, dtype=dtype, plan=plan, constraints=constraints)
     ensure_launched(flavor)
+    _say_what_it_holds(model)
     _share_random_state()
     device = _device(flavor)
     start = engine_factory(
@@ -73,7 +77,7 @@ def compile_model(
 
 
 def enable(flavor: Flavor, constraints: Constraints, *, torch_compile: bool, planner: Planner) -> None:
-    """Launch, and compile every HF model at the first call that trains it."""
+    """Launch, and compile every HF model at the first call that trains it; those loaded from now on are lazy."""
     ensure_launched(flavor)
     _share_random_state()
     plain_call = PreTrainedModel.__call__
@@ -98,7 +102,18 @@ def enable(flavor: Flavor, constraints: Constraints, *, torch_compile: bool, pla
         return plain_call(self, *args, **kwargs)
 
     call._autoparallel = True  # type: ignore[attr-defined]
+    load_lazily()
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+
+
+def _say_what_it_holds(model: nn.Module) -> None:
+    held = sum(p.nbytes for p in model.parameters() if p.is_cpu and not isinstance(p, LazyParameter))
+    if is_main() and dist.get_world_size() > 1 and held >= 1 << 30:
+        logger.info(
+            "Every rank holds the whole model until its first step, {:.2f} GiB of host memory each; with "
+            "enable_advanced_parallelization() before from_pretrained, each reads only its part.",
+            held / 2**30,
+        )
 
 
 def _share_random_state() -> None:
@@ -128,6 +143,7 @@ def engine_factory(
     """How a compiled model gets its engine when the first training batch arrives."""
 
     def start(model: nn.Module, batch: Batch) -> Engine:
+        check_values(model)
         plain = type(model).__mro__[2]
         parallel, model.__class__ = type(model), plain  # capture sees, and copies, the user's model
         state = model.__dict__.pop("_parallel")
