@@ -60,6 +60,8 @@ class Engine:
         watch(self.parameters)
         self.fingerprint = Fingerprint(model, self.parameters)
         self._gathers = False
+        self.lent: dict[str, Tensor] = {}
+        """This rank's pieces by parameter, while a state dict is being loaded into whole tensors."""
         for part in model.modules():
             if part is not model:
                 part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))

@@ -26,7 +26,8 @@ from autoparallel.runtime.batch import Batch, agree_on_batch
 from autoparallel.runtime.checks import bind
 from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
-from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
+from autoparallel.runtime.module import EngineFactory, ParallelModule, inner, parallelize
+from autoparallel.runtime.one_process import see_one_process
 
 Planner = Callable[..., Plan]
 
@@ -41,13 +42,14 @@ def compile_model(
     example_inputs: dict[str, Any] | None,
     planner: Planner,
 ) -> nn.Module:
-    """Launch, and give `model` the parallel forward; with example inputs, plan now."""
+    """Launch, and give `model` the parallel forward; with example inputs, plan now. Of a peft model, the transformer
+    inside gets it, adapters included.
+    """
+    wrapper, model = model, inner(model)
     if isinstance(model, ParallelModule):
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
     _check_runnable_dtype(model, dtype)
-    ensure_launched(flavor)
-    _share_random_state()
-    device = _device(flavor)
+    device = _launch(flavor)
     start = engine_factory(flavor, plan=plan, constraints=constraints, planner=planner, device=device)
     parallelize(model, start, device=device)
     if example_inputs is not None:
@@ -59,13 +61,12 @@ def compile_model(
             device=device,
         )
         model._parallel.start(model, batch)  # type: ignore[union-attr,operator]
-    return model
+    return wrapper
 
 
 def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
     """Launch, and compile every HF model at the first call that trains it."""
-    ensure_launched(flavor)
-    _share_random_state()
+    _launch(flavor)
     plain_call = PreTrainedModel.__call__
     if getattr(plain_call, "_autoparallel", False):
         raise ConfigError(
@@ -82,6 +83,15 @@ def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> Non
 
     call._autoparallel = True  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+
+
+def _launch(flavor: Flavor) -> torch.device:
+    """Return in every rank, with the device that it drives."""
+    ensure_launched(flavor)
+    device = torch.device("cpu") if flavor.is_cpu else torch.device("cuda", torch.cuda.current_device())
+    see_one_process(device)
+    _share_random_state()
+    return device
 
 
 def _share_random_state() -> None:
@@ -166,7 +176,3 @@ def _check_runnable_dtype(model: nn.Module, dtype: str) -> None:
             why="the emitted program computes in its parameters' dtype; separate compute copies are only priced so far",
             remedy=f"load the model with dtype=torch.{dtype}",
         )
-
-
-def _device(flavor: Flavor) -> torch.device:
-    return torch.device("cpu") if flavor.is_cpu else torch.device("cuda", torch.cuda.current_device())
