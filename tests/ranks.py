@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.families", "torch.export._trace", "autoparallel.capture.program", "autoparallel.runtime.engine"])
+_context.set_forkserver_preload(
+    ["tests.families", "torch.export._trace", "autoparallel.capture.program", "autoparallel.runtime.engine"]
+)
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

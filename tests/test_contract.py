@@ -109,7 +109,7 @@ REFUSED = [
 def refusals(strategy: Strategy) -> list[str]:
     """What each habit got, in a fresh model that has made a step."""
     found = []
-    model = make_model("llama", dtype=torch.float32)
+    model = make_model("llama", dtype=torch.float32, attention_dropout=0.1)
     program = capture(model)
     for habit in REFUSED:
         compiled = parallel(copy.deepcopy(model), program, strategy)

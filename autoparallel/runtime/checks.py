@@ -36,7 +36,8 @@ def check_inputs(given: Mapping[str, Any]) -> None:
         raise ContractError(
             "the model is called under autocast",
             why="all micro-batches run backward inside this call, and backward must not run under autocast",
-            remedy="load the model in the dtype you want instead: from_pretrained(..., dtype=torch.bfloat16)",
+            remedy="load the model in the dtype you want: from_pretrained(..., dtype=torch.bfloat16); with HF Trainer, "
+            "leave bf16 and fp16 out of TrainingArguments",
         )
     input_ids = given.get("input_ids")
     if input_ids is None:
@@ -63,10 +64,11 @@ def _positions(input_ids: Tensor) -> Tensor:
 class Fingerprint:
     """What the program took from the model when it was placed, to compare with what the model is at a later call."""
 
-    def __init__(self, model: nn.Module, parameters: Parameters) -> None:
-        self.parameters = parameters
+    def __init__(self, model: nn.Module, parameters: Parameters, *, draws: bool) -> None:
+        self.parameters, self.draws = parameters, draws
         self.trainable = {p.name: p.master.requires_grad for p in parameters.placed}
         self.num_hooks = _num_hooks(model)
+        self.adapters = _adapters(model)
 
     def check(self, model: nn.Module) -> None:
         """Raise ContractError for the first difference."""
@@ -84,8 +86,12 @@ class Fingerprint:
                 )
         if _num_hooks(model) != self.num_hooks:
             raise _too_late("a forward hook was added or removed")
+        if _adapters(model) != self.adapters:
+            raise _too_late(
+                "an adapter was switched, scaled or merged", remedy="set the adapters before the first training step"
+            )
         for name, module in model.named_modules():
-            if module.training != model.training:
+            if self.draws and module.training != model.training:
                 raise ContractError(
                     f"{name} is in {'training' if module.training else 'eval'} mode and the model is not",
                     why="train() and eval() switch the whole emitted program",
@@ -95,6 +101,19 @@ class Fingerprint:
 
 def _num_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What peft's layers read in their forward beside tensors; capture has made constants of it."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return [
+        (bool(layer.disable_adapters), *layer.active_adapters, *layer.merged_adapters, *_scales(layer))
+        for layer in layers
+    ]
+
+
+def _scales(layer: Any) -> list[tuple[str, float]]:
+    return sorted(getattr(layer, "scaling", {}).items())
 
 
 def _too_late(what: str, *, remedy: str = "change the model before its first training step") -> ContractError:
