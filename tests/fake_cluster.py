@@ -120,7 +120,6 @@ def fake_rank(
                 labels=tokens,
                 num_items=torch.ones((), dtype=torch.long),
                 padded=False,
-                seed=0,
             )
             yield FakeRank(model, engine, torch.optim.AdamW(model.parameters()), batch)
     finally:

@@ -33,7 +33,7 @@ base = AutoModelForCausalLM.from_pretrained(args.model)
 if args.base_first:
     base = one_line(base)
 torch.manual_seed(0)
-config = LoraConfig(r=6, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1, 2, 3])
+config = LoraConfig(r=6, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1])
 model = get_peft_model(base, config)
 if not args.base_first:
     model = one_line(model)

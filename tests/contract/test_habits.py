@@ -18,7 +18,7 @@ import torch
 
 from tests.families import make_model
 
-FAMILIES = {"trainer": "llama", "adapters": "llama", "shapes": "qwen2", "dropout": "gpt2"}
+FAMILIES = {"trainer": "llama", "adapters": "llama", "shapes": "llama-tied", "dropout": "gpt2"}
 PIPELINED = {"num_stages": 2, "data_parallel": 1, "tensor_parallel": 1, "num_micro_batches": 2}
 TENSOR_PARALLEL = {"pipeline_parallel": False, "data_parallel": 1, "tensor_parallel": 2}
 SHARDED = {"pipeline_parallel": False, "data_parallel": 2, "tensor_parallel": 1, "distribute_parameter": 3}
@@ -72,7 +72,7 @@ def results(done: Any, out: Path, *names: str) -> dict[str, Run]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for family in set(FAMILIES.values()):
-        make_model(family, dtype=torch.float32).save_pretrained(folder / family)
+        make_model(family, dtype=torch.float32, num_hidden_layers=2).save_pretrained(folder / family)
     return folder
 
 
