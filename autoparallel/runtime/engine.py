@@ -82,7 +82,8 @@ class Engine:
             if splits_backward(strategy.schedule, strategy.num_stages):
                 defer_weight_gradients(module)
             if strategy.distribute_param > 0:
-                shard(module, self.parameters, distribute_param=strategy.distribute_param)
+                backward = {f"segment_{s}" for s in segments if graph.runs_backward(s)}
+                shard(module, self.parameters, distribute_param=strategy.distribute_param, backward=backward)
             is_last = plan.last_segment == graph.num_segments - 1
             entering = self.split.entering(graph, plan.first_segment)
             leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)

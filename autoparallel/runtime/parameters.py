@@ -9,7 +9,7 @@ with the leaves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -235,21 +235,24 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     return leaves
 
 
-def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
+def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int, backward: Container[str]) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
     shards.
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    `backward` names the segments that gradients pass through.
     """
     mesh = parameters.mesh.device_mesh["dp_shard"]
     give_back = distribute_param == 3
-    children = [child for child in stage.children() if any(True for _ in child.parameters())]
-    holders = Counter(id(leaf) for child in children for leaf in child.parameters())
-    for child in children:
+    children = [(name, child) for name, child in stage.named_children() if any(True for _ in child.parameters())]
+    holders = Counter(id(leaf) for _, child in children for leaf in child.parameters())
+    blocks = []
+    for name, child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
+            block = fully_shard(child, mesh=mesh, reshard_after_forward=give_back)
+            blocks += [block] if name in backward else []
     whole = fully_shard(stage, mesh=mesh, reshard_after_forward=give_back)
-    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
+    _prefetch_in_order(whole, blocks)
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():

@@ -6,7 +6,6 @@ content and the same path. Rank 0 waits for nobody, so code that only it runs ma
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -65,11 +64,13 @@ def mend_saving() -> None:
 
 
 def _once(original: Callable[..., None], *, position: int, name: str) -> Callable[..., None]:
+    rank_pid = os.getpid()
+
     @wraps(original)
     def save(*args: Any, **kwargs: Any) -> None:
         target = args[position] if len(args) > position else kwargs.get(name)
-        is_worker = multiprocessing.parent_process() is not None  # of a data loader: it meets nobody
-        if is_worker or not isinstance(target, (str, os.PathLike)):
+        is_rank = os.getpid() == rank_pid  # a forked worker, of a data loader say, meets nobody
+        if not is_rank or not isinstance(target, (str, os.PathLike)):
             return original(*args, **kwargs)
         return write_once(target, lambda: original(*args, **kwargs))
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_peft_available
 
 from autoparallel import errors
 from autoparallel.capture.program import capture, model_dtype
@@ -65,24 +66,36 @@ def compile_model(
 
 
 def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
-    """Launch, and compile every HF model at the first call that trains it."""
+    """Launch, and compile every HF model at the first call that trains it, wrapped by peft or not."""
     _launch(flavor)
-    plain_call = PreTrainedModel.__call__
-    if getattr(plain_call, "_autoparallel", False):
+    if getattr(PreTrainedModel.__call__, "_autoparallel", False):
         raise ConfigError(
             "enable_advanced_parallelization was called twice", remedy="call it once, before training starts"
         )
 
-    def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        known = isinstance(self, ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
-        if not known and bind(self.forward, args, kwargs).get("labels") is not None:
-            compile_model(
-                self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
-            )
-        return plain_call(self, *args, **kwargs)
+    def compiling(plain_call: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            known = isinstance(inner(self), ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
+            if not known and bind(self.forward, args, kwargs).get("labels") is not None:
+                compile_model(
+                    self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
+                )
+            return plain_call(self, *args, **kwargs)
 
-    call._autoparallel = True  # type: ignore[attr-defined]
-    PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+        call._autoparallel = True  # type: ignore[attr-defined]
+        return call
+
+    for kind in _called_models():
+        kind.__call__ = compiling(kind.__call__)  # type: ignore[method-assign]
+
+
+def _called_models() -> list[type[nn.Module]]:
+    """What a loop calls: a transformer, or peft's wrapper, which calls the transformer's forward itself."""
+    if not is_peft_available():
+        return [PreTrainedModel]
+    from peft import PeftModel
+
+    return [PreTrainedModel, PeftModel]
 
 
 def _launch(flavor: Flavor) -> torch.device:

@@ -67,6 +67,7 @@ arguments = TrainingArguments(
     save_total_limit=2,
     load_best_model_at_end=True,
     metric_for_best_model="accuracy",
+    use_cpu=True,
     bf16=args.bf16,
     report_to=[],
 )
