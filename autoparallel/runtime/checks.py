@@ -72,6 +72,10 @@ class Fingerprint:
 
     def check(self, model: nn.Module) -> None:
         """Raise ContractError for the first difference."""
+        if _adapters(model) != self.adapters:
+            raise _too_late(
+                "an adapter was switched, scaled or merged", remedy="set the adapters before the first training step"
+            )
         named = dict(model.named_parameters())
         placed = {p.name: p for p in self.parameters.placed}
         if named.keys() != placed.keys() or any(named[name] is not p.master for name, p in placed.items()):
@@ -86,10 +90,6 @@ class Fingerprint:
                 )
         if _num_hooks(model) != self.num_hooks:
             raise _too_late("a forward hook was added or removed")
-        if _adapters(model) != self.adapters:
-            raise _too_late(
-                "an adapter was switched, scaled or merged", remedy="set the adapters before the first training step"
-            )
         for name, module in model.named_modules():
             if self.draws and module.training != model.training:
                 raise ContractError(
