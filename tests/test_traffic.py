@@ -5,12 +5,13 @@ that is not run, nothing run that is not priced.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from autoparallel.capture.program import Program, capture
@@ -18,13 +19,16 @@ from autoparallel.cost.traffic import RankStep, Traffic, buckets
 from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import Strategy
 from autoparallel.search.stage_times import Overheads, StageSeconds, stage_seconds
-from tests.fake_cluster import Recorder, Seen, fake_rank, llama_70b, qwen_7b, with_widest_splits
+from tests.fake_cluster import Recorder, Seen, adapted, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.families import FAMILIES, UNSEEN
 from tests.lowered import lowered_workload
 from tests.strategies import even_stages
 
 SEQ = 16
-CONFIGS = {**FAMILIES, **UNSEEN, "qwen-7b": qwen_7b, "llama-70b": llama_70b}
+ADAPTED: dict[str, Callable[[], nn.Module]] = {
+    "llama-adapted": lambda: adapted(FAMILIES["llama"](), dtype=torch.float32),
+    "llama-adapted-last": lambda: adapted(FAMILIES["llama"](), dtype=torch.float32, layers=[3]),
+}
 
 
 def multi_query() -> PretrainedConfig:
@@ -34,7 +38,9 @@ def multi_query() -> PretrainedConfig:
     return config
 
 
-CONFIGS["multi-query"] = multi_query
+CONFIGS: dict[str, Callable[[], Any]] = {
+    **FAMILIES, **UNSEEN, **ADAPTED, "multi-query": multi_query, "qwen-7b": qwen_7b, "llama-70b": llama_70b,
+}  # fmt: skip
 HUGE = {"qwen-7b", "llama-70b"}
 FP32 = Precision.of("float32", "float32")
 
@@ -123,11 +129,22 @@ SAMPLE = {
     "zero-bubble-sharded": ("qwen2", {"schedule": "zero_bubble", "distribute_param": 3, "recomputation": "full"}),
     "fused": ("multi-query", {"tensor_parallel": 2}),
     "fused-sharded": ("multi-query", {"tensor_parallel": 2, "sequence_parallel": True, "distribute_param": 3}),
+    "adapters": ("llama-adapted", {"distribute_param": 3}),
+    "adapters-tensor": ("llama-adapted", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
+    "frozen-stage": ("llama-adapted-last", {"distribute_param": 3, "schedule": "zero_bubble"}),
+    "frozen-stage-replicas": ("llama-adapted-last", {"distribute_param": 1}),
     "windowed": ("mistral", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
 }
 
 
-QUICK = ["replicas", "tensor-full", "sequence-selective-gpt2", "parameters-sharded-sequence", "zero-bubble"]
+QUICK = [
+    "replicas",
+    "frozen-stage",
+    "tensor-full",
+    "sequence-selective-gpt2",
+    "parameters-sharded-sequence",
+    "zero-bubble",
+]
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLE])

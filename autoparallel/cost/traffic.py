@@ -256,7 +256,8 @@ class RankStep:
             for unit in self._units(strategy.stages[stage]):
                 gathered = self._sharded("forward", "all_gather", unit)
                 found[gathered] += times
-                if strategy.distribute_param == 3:
+                backward = any(self.graph.runs_backward(segment) for p in unit for segment in p.segments)
+                if strategy.distribute_param == 3 and backward:
                     found[gathered._replace(phase="backward")] += times
                 for reduced in self._reduced(unit, stage):
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1

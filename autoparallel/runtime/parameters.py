@@ -10,7 +10,7 @@ with the leaves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -269,11 +269,12 @@ def _leaf(p: Placed, parameters: Parameters) -> nn.Parameter:
     return leaf
 
 
-def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
+def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int, backward: Container[str]) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
     shards.
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    `backward` names the segments that gradients pass through.
     """
     mesh, precision = parameters.mesh.device_mesh["dp_shard"], parameters.precision
     policy = MixedPrecisionPolicy(
@@ -282,13 +283,15 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
         cast_forward_inputs=False,
     )
     give_back = distribute_param == 3
-    children = [child for child in stage.children() if any(True for _ in child.parameters())]
-    holders = Counter(id(leaf) for child in children for leaf in child.parameters())
-    for child in children:
+    children = [(name, child) for name, child in stage.named_children() if any(True for _ in child.parameters())]
+    holders = Counter(id(leaf) for _, child in children for leaf in child.parameters())
+    blocks = []
+    for name, child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
+            block = fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
+            blocks += [block] if name in backward else []
     whole = fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
-    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
+    _prefetch_in_order(whole, blocks)
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():
