@@ -195,12 +195,14 @@ def compile(
     plan: Plan | str | os.PathLike[str] | None = None,
     constraints: Constraints | None = None,
     example_inputs: dict[str, Any] | None = None,
+    torch_compile: bool = False,
 ) -> nn.Module:
     """Make `model` train in parallel on `flavor`, in an unchanged single-device loop. Returns the same object.
 
     In a plain `python train.py` this call starts one process per device and never returns in the first one; under
     torchrun it joins. Without `example_inputs` (a batch: input_ids, labels, ...) the plan is made at the first
-    training forward. `plan` replays a saved one.
+    training forward. `plan` replays a saved one. `torch_compile` compiles every block of the emitted stages with
+    torch.compile, which the plan's prices do not take into account.
     """
     from autoparallel.runtime import start
 
@@ -220,16 +222,19 @@ def compile(
         plan=given,
         constraints=constraints or Constraints(),
         example_inputs=example_inputs,
+        torch_compile=torch_compile,
         planner=plan_program,
     )
 
 
-def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constraints: Any) -> None:
+def enable_advanced_parallelization(
+    flavor: FlavorLike | None = None, *, torch_compile: bool = False, **constraints: Any
+) -> None:
     """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make
     it run. `from_pretrained` after it leaves the weights in their files until each rank reads its part of them.
 
-    Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device,
-    ...
+    Other keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches,
+    batch_per_device, ...
     """
     from autoparallel.runtime import start
 
@@ -244,7 +249,7 @@ def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constrai
             remedy=f"did you mean {close[0]!r}?" if close else "remove it",
         )
     resolved = resolve_flavor(_or_setting("local" if flavor is None else flavor))
-    start.enable(resolved, Constraints(**constraints), planner=plan_program)
+    start.enable(resolved, Constraints(**constraints), torch_compile=torch_compile, planner=plan_program)
 
 
 def _dump(name: str, text: Callable[[], str]) -> None:

@@ -5,12 +5,13 @@ that is not run, nothing run that is not priced.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from autoparallel.capture.program import Program, capture
@@ -18,13 +19,28 @@ from autoparallel.cost.traffic import RankStep, Traffic, buckets
 from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import Strategy
 from autoparallel.search.stage_times import Overheads, StageSeconds, stage_seconds
-from tests.fake_cluster import Recorder, Seen, fake_rank, llama_70b, qwen_7b, with_widest_splits
+from tests.fake_cluster import Recorder, Seen, adapted, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.families import FAMILIES, UNSEEN
 from tests.lowered import lowered_workload
 from tests.strategies import even_stages
 
 SEQ = 16
-CONFIGS = {**FAMILIES, **UNSEEN, "qwen-7b": qwen_7b, "llama-70b": llama_70b}
+ADAPTED: dict[str, Callable[[], nn.Module]] = {
+    "llama-adapted": lambda: adapted(FAMILIES["llama"](), dtype=torch.float32),
+    "llama-adapted-last": lambda: adapted(FAMILIES["llama"](), dtype=torch.float32, layers=[3]),
+}
+
+
+def multi_query() -> PretrainedConfig:
+    """Queries are sharded, while every rank holds the one key and value of the fused projection."""
+    config = UNSEEN["phi3"]()
+    config.num_key_value_heads = 1
+    return config
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    **FAMILIES, **UNSEEN, **ADAPTED, "multi-query": multi_query, "qwen-7b": qwen_7b, "llama-70b": llama_70b,
+}  # fmt: skip
 HUGE = {"qwen-7b", "llama-70b"}
 FP32 = Precision.of("float32", "float32")
 
@@ -111,11 +127,24 @@ SAMPLE = {
     ),
     "zero-bubble": ("llama", {"schedule": "zero_bubble", "tensor_parallel": 2, "sequence_parallel": True}),
     "zero-bubble-sharded": ("qwen2", {"schedule": "zero_bubble", "distribute_param": 3, "recomputation": "full"}),
+    "fused": ("multi-query", {"tensor_parallel": 2}),
+    "fused-sharded": ("multi-query", {"tensor_parallel": 2, "sequence_parallel": True, "distribute_param": 3}),
+    "adapters": ("llama-adapted", {"distribute_param": 3}),
+    "adapters-tensor": ("llama-adapted", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
+    "frozen-stage": ("llama-adapted-last", {"distribute_param": 3, "schedule": "zero_bubble"}),
+    "frozen-stage-replicas": ("llama-adapted-last", {"distribute_param": 1}),
     "windowed": ("mistral", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
 }
 
 
-QUICK = ["replicas", "tensor-full", "sequence-selective-gpt2", "parameters-sharded-sequence", "zero-bubble"]
+QUICK = [
+    "replicas",
+    "frozen-stage",
+    "tensor-full",
+    "sequence-selective-gpt2",
+    "parameters-sharded-sequence",
+    "zero-bubble",
+]
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLE])
@@ -147,7 +176,7 @@ def test_every_combination(tensor: tuple[int, bool], schedule: Any, programs: di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in UNSEEN if family not in ("phi3", "gemma2")])
+@pytest.mark.parametrize("family", UNSEEN)
 def test_other_families(family: str, programs: dict[str, Program]) -> None:
     for by_tokens in (False, True):
         fields = SIZE | {"tensor_parallel": 2, "sequence_parallel": by_tokens, "recomputation": "full"}

@@ -202,10 +202,9 @@ def _addends(graph: Graph, lowered: LoweredSegment) -> int:
     """Elements of which every rank has an addend of the gradient, summed once a step."""
     trained = {p.name: p.numel for p in graph.parameters if p.trainable}
     whole = sum(trained.get(name, 0) for name in lowered.shared_parameters)
-    mixed = [lowered.split_of(name) for name in lowered.parameters.keys() & trained.keys()]
-    return whole + sum(_held_by_all(split) for split in mixed if split.is_mixed)
+    return whole + sum(_held_by_all(lowered.split_of(name)) for name in lowered.parameters.keys() & trained.keys())
 
 
 def _held_by_all(split: ParameterSplit) -> int:
-    shape = zip(split.local_shape(), split.held_by_all(), strict=True)
-    return prod(length if held is None else len(held) for length, held in shape)
+    found, shape = split.held_by_all(), split.local_shape()
+    return 0 if found is None else prod(shape) // shape[found[0]] * len(found[1])

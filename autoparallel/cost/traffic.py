@@ -256,7 +256,8 @@ class RankStep:
             for unit in self._units(strategy.stages[stage]):
                 gathered = self._sharded("forward", "all_gather", unit)
                 found[gathered] += times
-                if strategy.distribute_param == 3:
+                backward = any(self.graph.runs_backward(segment) for p in unit for segment in p.segments)
+                if strategy.distribute_param == 3 and backward:
                     found[gathered._replace(phase="backward")] += times
                 for reduced in self._reduced(unit, stage):
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1
@@ -300,7 +301,9 @@ class RankStep:
         if strategy.tensor_parallel > 1:
             segments = [segment for segment, _ in self._segments()]
             shared = self.split.shared_parameters(segments)
-            found += _summed([self._piece(p) for p in mine if p.name in shared], "tensor", self._tensor_group)
+            addends = [self._piece(p) for p in mine if p.name in shared]
+            parts = [part for p in mine if (part := self._held_by_all(p)) is not None]
+            found += _summed(addends + parts, "tensor", self._tensor_group)
         for stages in sorted({self._stages(p) for p in mine if len(self._stages(p)) > 1}):
             group = tuple(self.place._replace(stage=stage).rank(strategy) for stage in stages)
             found += _summed([self._piece(p) for p in mine if self._stages(p) == stages], "tied", group)
@@ -311,6 +314,17 @@ class RankStep:
         shape = self._gradient(parameter)
         sharded = self.strategy.distribute_param > 0
         return shape.shard(self.strategy.data_parallel, self.place.data_index) if sharded else shape
+
+    def _held_by_all(self, parameter: Parameter) -> Shape | None:
+        """Of the piece, the unsharded segments of a fused projection."""
+        found = self._splits[parameter.name].held_by_all(self.place.tensor_index)
+        if found is None:
+            return None
+        (dim, held), piece = found, self._piece(parameter)
+        if dim == 0 and self.strategy.distribute_param > 0:
+            start = self.place.data_index * -(-self._shape(parameter).dims[0] // self.strategy.data_parallel)
+            held = held[(held >= start) & (held < start + piece.dims[0])]
+        return piece._replace(dims=(*piece.dims[:dim], len(held), *piece.dims[dim + 1 :]))
 
     def _stages(self, parameter: Parameter) -> tuple[int, ...]:
         """Pipeline ranks that use a parameter."""

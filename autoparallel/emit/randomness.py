@@ -10,6 +10,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from autoparallel.capture.attention import ATTENTION_TARGET
+from autoparallel.ir.graph import Graph
+
+DROPOUT = "aten.dropout.default"
+
+
+def draws_randomly(graph: Graph) -> bool:
+    """Whether a training step draws random numbers at all."""
+    probability = {DROPOUT: "p", ATTENTION_TARGET: "dropout"}
+    return any(op.argument(probability[op.target], 0.0) for op in graph.ops() if op.target in probability)
+
 
 @contextmanager
 def drawing_apart(rank: int, device: torch.device) -> Iterator[None]:

@@ -20,7 +20,7 @@ from autoparallel.capture.annotate import named_arguments
 from autoparallel.capture.attention import ATTENTION_TARGET, Attention
 from autoparallel.capture.program import Program
 from autoparallel.emit.collectives import FUNCTIONS
-from autoparallel.emit.randomness import Apart
+from autoparallel.emit.randomness import DROPOUT, Apart
 from autoparallel.emit.recompute import Recomputed, recomputed
 from autoparallel.ir.graph import Argument, Op, Ref
 from autoparallel.plans.strategy import StagePlan
@@ -31,7 +31,6 @@ from autoparallel.tensor_parallel.values import LoweredSegment
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")
 """Keyword inputs of every stage. `padding` is the boolean attention mask, or None when no token is padding."""
 
-DROPOUT = "aten.dropout.default"
 _CAPTURED_ON = torch.device("cpu")
 
 Tensors = Callable[[str], Tensor]

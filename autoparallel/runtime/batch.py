@@ -27,8 +27,6 @@ class Batch:
     """[] int64 or float: the divisor of the summed loss, global over micro-batches and data-parallel ranks."""
     padded: bool
     """Whether any token is padding."""
-    seed: int
-    """Rank 0's torch seed, from which all dropout streams derive."""
 
     @property
     def rows(self) -> int:
@@ -77,7 +75,7 @@ def agree_on_batch(
     device: torch.device,
 ) -> Batch:
     """Rank 0's batch on every rank, in one header and one payload broadcast."""
-    header = torch.zeros(5, dtype=torch.int64)
+    header = torch.zeros(4, dtype=torch.int64)
     payload = torch.empty(0, dtype=torch.int64)
     divisor = torch.zeros((), dtype=torch.float64)
     if dist.get_rank() == 0:
@@ -86,13 +84,13 @@ def agree_on_batch(
         padded = not bool(mask.bool().all())
         parts = [input_ids, mask] + ([] if labels is None else [labels])
         payload = _payload(parts)
-        header = torch.tensor([*input_ids.shape, labels is not None, padded, torch.initial_seed() % (1 << 62)])
+        header = torch.tensor([*input_ids.shape, labels is not None, padded])
         if num_items is not None:
             divisor = torch.as_tensor(num_items).to("cpu", torch.float64)
         elif labels is not None:
             divisor = (labels[:, 1:] != IGNORED).sum().to("cpu", torch.float64)
     dist.broadcast(header, src=0)
-    rows, seq, has_labels, has_padding, seed = (int(value) for value in header)
+    rows, seq, has_labels, has_padding = (int(value) for value in header)
     if dist.get_rank() != 0:
         payload = torch.empty(2 + has_labels, rows, seq, dtype=torch.int64)
     dist.broadcast(payload, src=0)
@@ -104,7 +102,6 @@ def agree_on_batch(
         labels=tokens[2] if has_labels else None,
         num_items=divisor.to(torch.int64).to(device) if float(divisor).is_integer() else divisor.to(device),
         padded=bool(has_padding),
-        seed=seed,
     )
 
 

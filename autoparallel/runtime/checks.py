@@ -64,13 +64,18 @@ def _positions(input_ids: Tensor) -> Tensor:
 class Fingerprint:
     """What the program took from the model when it was placed, to compare with what the model is at a later call."""
 
-    def __init__(self, model: nn.Module, parameters: Parameters) -> None:
-        self.parameters = parameters
+    def __init__(self, model: nn.Module, parameters: Parameters, *, draws: bool) -> None:
+        self.parameters, self.draws = parameters, draws
         self.trainable = {p.name: p.master.requires_grad for p in parameters.placed}
         self.num_hooks = _num_hooks(model)
+        self.adapters = _adapters(model)
 
     def check(self, model: nn.Module) -> None:
         """Raise ContractError for the first difference."""
+        if _adapters(model) != self.adapters:
+            raise _too_late(
+                "an adapter was switched, scaled or merged", remedy="set the adapters before the first training step"
+            )
         named = dict(model.named_parameters())
         placed = {p.name: p for p in self.parameters.placed}
         if named.keys() != placed.keys() or any(named[name] is not p.master for name, p in placed.items()):
@@ -86,7 +91,7 @@ class Fingerprint:
         if _num_hooks(model) != self.num_hooks:
             raise _too_late("a forward hook was added or removed")
         for name, module in model.named_modules():
-            if module.training != model.training:
+            if self.draws and module.training != model.training:
                 raise ContractError(
                     f"{name} is in {'training' if module.training else 'eval'} mode and the model is not",
                     why="train() and eval() switch the whole emitted program",
@@ -96,6 +101,19 @@ class Fingerprint:
 
 def _num_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What peft's layers read in their forward beside tensors; capture has made constants of it."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return [
+        (bool(layer.disable_adapters), *layer.active_adapters, *layer.merged_adapters, *_scales(layer))
+        for layer in layers
+    ]
+
+
+def _scales(layer: Any) -> list[tuple[str, float]]:
+    return sorted(getattr(layer, "scaling", {}).items())
 
 
 def _too_late(what: str, *, remedy: str = "change the model before its first training step") -> ContractError:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -95,12 +97,24 @@ class ParallelModule:
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the whole model, as on one device, though a rank holds only its pieces."""
+        assert isinstance(self, nn.Module)
         engine = self._parallel.engine
-        if engine is None or exclude_embeddings:
-            if engine is not None:
-                raise ContractError("num_parameters(exclude_embeddings=True) after placement", remedy="count before")
+        if engine is None:
             return int(super().num_parameters(only_trainable, exclude_embeddings))  # type: ignore[misc]
-        return sum(p.shape.numel() for p in engine.parameters.placed if p.master.requires_grad or not only_trainable)
+        tables = {f"{name}.weight" for name, part in self.named_modules() if isinstance(part, nn.Embedding)}
+        counted = [p for p in engine.parameters.placed if p.master.requires_grad or not only_trainable]
+        return sum(p.shape.numel() for p in counted if not (exclude_embeddings and p.name in tables))
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The plan recomputes where memory needs it; a second decision inside its blocks would only cost time."""
+        logger.info("Activation checkpointing is left to the plan, which chooses recomputation for each block.")
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a first step has been made, after which this rank holds its pieces."""
+        return self._parallel.engine is not None
 
     @property
     def parallel_plan(self) -> Plan:
@@ -144,16 +158,8 @@ class ParallelModule:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a whole model's state; each rank takes its pieces."""
-        engine = self._parallel.engine
-        if engine is None:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
-        with _whole_shapes(engine):
-            result = super().load_state_dict(state_dict, strict=strict)  # type: ignore[misc]
-            loaded = {p.name: p.master.data for p in engine.parameters.placed}
-        for p in engine.parameters.placed:
-            if p.name in state_dict or strict:
-                engine.parameters.load(p, loaded[p.name])
-        return result
+        assign = assign and not self.is_placed  # the optimizer's parameters are the model's
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a plain HF directory (collective): rank 0 gathers and writes one tensor at a time."""
@@ -206,11 +212,27 @@ def parallelize(model: nn.Module, start: EngineFactory, *, device: torch.device)
     the name).
     """
     cls = type(model)
+
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """With the signature of the user's own, which libraries read."""
+        return ParallelModule.forward(self, *args, **kwargs)
+
     model.__dict__["_parallel"] = _State(start, device)
     model.__class__ = type(
-        cls.__name__, (ParallelModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        cls.__name__,
+        (ParallelModule, cls),
+        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward},
     )
+    model.register_load_state_dict_pre_hook(_lend_whole)
+    model.register_load_state_dict_post_hook(_take_pieces)
     return model
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The transformer that a peft model wraps, or the model itself."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return base
 
 
 def training_loss(engine: Engine, batch: Batch) -> Tensor:
@@ -252,14 +274,21 @@ def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: st
                 state[name] = whole
 
 
-@contextmanager
-def _whole_shapes(engine: Engine) -> Any:
-    """Lend every master a whole tensor, so that torch's own loading checks names and shapes."""
-    pieces = {p.name: p.master.data for p in engine.parameters.placed}
-    try:
+def _lend_whole(model: Any, *state: Any) -> None:
+    """Before a state dict is loaded into the model, or into a module around it: every master gets a whole tensor, so
+    that torch's own loading checks names and shapes.
+    """
+    engine = model._parallel.engine
+    if engine is not None:
+        engine.lent = {p.name: p.master.data for p in engine.parameters.placed}
         for p in engine.parameters.placed:
             p.master.data = engine.parameters.full(p).clone()
-        yield
-    finally:
+
+
+def _take_pieces(model: Any, *keys: Any) -> None:
+    """After it is loaded: each rank keeps its pieces of what was loaded."""
+    engine = model._parallel.engine
+    if engine is not None:
         for p in engine.parameters.placed:
-            p.master.data = pieces[p.name]
+            whole, p.master.data = p.master.data, engine.lent.pop(p.name)
+            engine.parameters.load(p, whole)

@@ -10,7 +10,7 @@ with the leaves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -121,12 +121,12 @@ class Parameters:
         """Gradients of which every rank of the tensor-parallel group has an addend, in one bucket: those of parameters
         that only sharded work reads, and the unsharded segments of fused projections.
         """
+        parts = {p.name: part for p in mine if (part := self._held_by_all(p)) is not None}
         addends = [totals[p.name] for p in mine if p.shared]
-        masks = {p.name: mask for p in mine if (mask := self._held_by_all(p)) is not None}
-        parts = {name: totals[name][mask] for name, mask in masks.items()}
-        _all_reduce_coalesced([*addends, *parts.values()], self.mesh.tensor_group)
-        for name, part in parts.items():
-            totals[name][masks[name]] = part
+        whole = [totals[name].index_select(*part) for name, part in parts.items()]
+        _all_reduce_coalesced([*addends, *whole], self.mesh.tensor_group)
+        for (name, part), summed in zip(parts.items(), whole, strict=True):
+            totals[name].index_copy_(*part, summed)
 
     def counted(self, placed: Placed, piece: Tensor) -> Tensor | None:
         """What of this rank's piece adds to global sums: each element of the model on one rank only, so that replicas
@@ -137,21 +137,28 @@ class Parameters:
             return None
         if self.mesh.tensor_index == 0:
             return piece
-        mask = self._held_by_all(placed)
-        return (piece if mask is None else piece[~mask]) if placed.split.is_sharded else None
-
-    def _held_by_all(self, placed: Placed) -> Tensor | None:
-        """Mask of the elements of this rank's piece that the whole tensor-parallel group holds, though others are
-        sharded; None where there are none.
-        """
-        rank, split = self.mesh.tensor_index, placed.split
-        if split is None or not split.is_mixed:
+        if not placed.split.is_sharded:
             return None
-        mask = torch.zeros(split.local_shape(rank), dtype=torch.bool, device=placed.master.device)
-        for dim, indices in enumerate(split.held_by_all(rank)):
-            if indices is not None:
-                mask.index_fill_(dim, torch.from_numpy(indices).to(mask.device), True)
-        return distribute(mask, placed.leaf) if isinstance(placed.leaf, DTensor) else mask
+        part = self._held_by_all(placed)
+        if part is None:
+            return piece
+        dim, indices = part
+        others = torch.ones(piece.shape[dim], dtype=torch.bool, device=piece.device).index_fill_(0, indices, False)
+        return piece.index_select(dim, others.nonzero().squeeze(1))
+
+    def _held_by_all(self, placed: Placed) -> tuple[int, Tensor] | None:
+        """The dim, and the indices of this rank's piece along it, that the whole tensor-parallel group holds though
+        others are sharded; None where there are none.
+        """
+        split, leaf = placed.split, placed.leaf
+        found = split.held_by_all(self.mesh.tensor_index) if split is not None else None
+        if found is None:
+            return None
+        dim, held = found
+        if dim == 0 and isinstance(leaf, DTensor):
+            start = self.mesh.data_index * -(-leaf.shape[0] // self.mesh.data_parallel)
+            held = held[(held >= start) & (held < start + len(placed.master))] - start
+        return dim, torch.from_numpy(held).to(placed.master.device)
 
     def full(self, placed: Placed) -> Tensor:
         """The whole parameter on every rank (collective)."""
@@ -262,11 +269,12 @@ def _leaf(p: Placed, parameters: Parameters) -> nn.Parameter:
     return leaf
 
 
-def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) -> None:
+def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int, backward: Container[str]) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
     shards.
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    `backward` names the segments that gradients pass through.
     """
     mesh, precision = parameters.mesh.device_mesh["dp_shard"], parameters.precision
     policy = MixedPrecisionPolicy(
@@ -275,13 +283,15 @@ def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int) ->
         cast_forward_inputs=False,
     )
     give_back = distribute_param == 3
-    children = [child for child in stage.children() if any(True for _ in child.parameters())]
-    holders = Counter(id(leaf) for child in children for leaf in child.parameters())
-    for child in children:
+    children = [(name, child) for name, child in stage.named_children() if any(True for _ in child.parameters())]
+    holders = Counter(id(leaf) for _, child in children for leaf in child.parameters())
+    blocks = []
+    for name, child in children:
         if all(holders[id(leaf)] == 1 for leaf in child.parameters()):
-            fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
+            block = fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
+            blocks += [block] if name in backward else []
     whole = fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back)
-    _prefetch_in_order(whole, [child for child in children if isinstance(child, FSDPModule)])
+    _prefetch_in_order(whole, blocks)
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():

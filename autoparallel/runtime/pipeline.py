@@ -46,6 +46,15 @@ class Pipeline:
 
     def train(self, micro_batches: list[Inputs]) -> Tensor | None:
         """Forward and backward of all micro-batches; the summed loss where the last stage is, None elsewhere."""
+        loss = self._train(micro_batches)
+        self._give_back()
+        return loss
+
+    def _give_back(self) -> None:
+        for sharding in self.sharding:
+            sharding.give_back()
+
+    def _train(self, micro_batches: list[Inputs]) -> Tensor | None:
         if self.mesh.num_stages == 1:
             return self._train_alone(micro_batches)
         rows, seq = micro_batches[0]["input_ids"].shape
@@ -77,6 +86,7 @@ class Pipeline:
         for send in sends:
             if send is not None:
                 send.wait()
+        self._give_back()
         return results
 
     def _receive(self, stage: LocalStage, inputs: Inputs) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_peft_available
 
 from autoparallel import errors
 from autoparallel.capture.program import capture, model_dtype
@@ -29,7 +30,8 @@ from autoparallel.runtime.engine import Engine, agree_on_program
 from autoparallel.runtime.launch import ensure_launched, is_main
 from autoparallel.runtime.lazy import LazyParameter
 from autoparallel.runtime.loading import check_values, load_lazily
-from autoparallel.runtime.module import EngineFactory, ParallelModule, parallelize
+from autoparallel.runtime.module import EngineFactory, ParallelModule, inner, parallelize
+from autoparallel.runtime.one_process import see_one_process
 
 Planner = Callable[..., Plan]
 
@@ -42,19 +44,27 @@ def compile_model(
     plan: Plan | None,
     constraints: Constraints,
     example_inputs: dict[str, Any] | None,
+    torch_compile: bool,
     planner: Planner,
 ) -> nn.Module:
-    """Launch, and give `model` the parallel forward; with example inputs, plan now."""
+    """Launch, and give `model` the parallel forward; with example inputs, plan now. Of a peft model, the transformer
+    inside gets it, adapters included.
+    """
+    wrapper, model = model, inner(model)
     if isinstance(model, ParallelModule):
         raise ConfigError("this model is compiled already", remedy="compile a freshly loaded model")
     check_values(model)
     precision = _precision(model, flavor, dtype=dtype, plan=plan, constraints=constraints)
-    ensure_launched(flavor)
+    device = _launch(flavor)
     _say_what_it_holds(model)
-    _share_random_state()
-    device = _device(flavor)
     start = engine_factory(
-        flavor, precision=precision, plan=plan, constraints=constraints, planner=planner, device=device
+        flavor,
+        precision=precision,
+        plan=plan,
+        constraints=constraints,
+        torch_compile=torch_compile,
+        planner=planner,
+        device=device,
     )
     parallelize(model, start, device=device)
     if example_inputs is not None:
@@ -66,30 +76,59 @@ def compile_model(
             device=device,
         )
         model._parallel.start(model, batch)  # type: ignore[union-attr,operator]
-    return model
+    return wrapper
 
 
-def enable(flavor: Flavor, constraints: Constraints, *, planner: Planner) -> None:
-    """Launch, and compile every HF model at the first call that trains it; those loaded from now on are lazy."""
-    ensure_launched(flavor)
-    _share_random_state()
-    plain_call = PreTrainedModel.__call__
-    if getattr(plain_call, "_autoparallel", False):
+def enable(flavor: Flavor, constraints: Constraints, *, torch_compile: bool, planner: Planner) -> None:
+    """Launch, and compile every HF model at the first call that trains it, wrapped by peft or not; those loaded from
+    now on are lazy.
+    """
+    _launch(flavor)
+    if getattr(PreTrainedModel.__call__, "_autoparallel", False):
         raise ConfigError(
             "enable_advanced_parallelization was called twice", remedy="call it once, before training starts"
         )
 
-    def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        known = isinstance(self, ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
-        if not known and bind(self.forward, args, kwargs).get("labels") is not None:
-            compile_model(
-                self, flavor, dtype="auto", plan=None, constraints=constraints, example_inputs=None, planner=planner
-            )
-        return plain_call(self, *args, **kwargs)
+    def compiling(plain_call: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            known = isinstance(inner(self), ParallelModule) or _is_capturing() or not torch.is_grad_enabled()
+            if not known and bind(self.forward, args, kwargs).get("labels") is not None:
+                compile_model(
+                    self,
+                    flavor,
+                    dtype="auto",
+                    plan=None,
+                    constraints=constraints,
+                    example_inputs=None,
+                    torch_compile=torch_compile,
+                    planner=planner,
+                )
+            return plain_call(self, *args, **kwargs)
 
-    call._autoparallel = True  # type: ignore[attr-defined]
+        call._autoparallel = True  # type: ignore[attr-defined]
+        return call
+
     load_lazily()
-    PreTrainedModel.__call__ = call  # type: ignore[method-assign]
+    for kind in _called_models():
+        kind.__call__ = compiling(kind.__call__)  # type: ignore[method-assign]
+
+
+def _called_models() -> list[type[nn.Module]]:
+    """What a loop calls: a transformer, or peft's wrapper, which calls the transformer's forward itself."""
+    if not is_peft_available():
+        return [PreTrainedModel]
+    from peft import PeftModel
+
+    return [PreTrainedModel, PeftModel]
+
+
+def _launch(flavor: Flavor) -> torch.device:
+    """Return in every rank, with the device that it drives."""
+    ensure_launched(flavor)
+    device = torch.device("cpu") if flavor.is_cpu else torch.device("cuda", torch.cuda.current_device())
+    see_one_process(device)
+    _share_random_state()
+    return device
 
 
 def _say_what_it_holds(model: nn.Module) -> None:
@@ -122,6 +161,7 @@ def engine_factory(
     precision: Precision,
     plan: Plan | None,
     constraints: Constraints,
+    torch_compile: bool,
     planner: Planner,
     device: torch.device,
 ) -> EngineFactory:
@@ -151,7 +191,7 @@ def engine_factory(
                 )
             )
         )
-        engine = Engine(model, program, adopted, device=device)
+        engine = Engine(model, program, adopted, device=device, torch_compile=torch_compile)
         if is_main():
             estimate = adopted.estimate
             logger.info(
@@ -211,7 +251,3 @@ def _precision(
             remedy='use dtype="bfloat16", which has the range of fp32',
         )
     return precision
-
-
-def _device(flavor: Flavor) -> torch.device:
-    return torch.device("cpu") if flavor.is_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -58,6 +58,14 @@ class Sharding:
         if sharded and (last or self.level >= 2):
             self.stage._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
 
+    def give_back(self) -> None:
+        """At the end of a step nothing stays gathered. torch gives back what has run backward only, and would compute
+        with old values where frozen parameters, or an evaluation, are followed by a change to the shards.
+        """
+        for part in self.stage.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def forget_weight_gradients(self) -> None:
         """Drop what a step that failed half way has left."""
         for part in self.stage.modules():
