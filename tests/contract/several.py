@@ -1,5 +1,5 @@
 """Runs scripts of this folder one after the other in one process, which imports once: NAME MODEL NAME MODEL ... with
-the options that each of them takes.
+the options that each of them takes. `--lazy` goes before them all: models are then loaded without their weights.
 """
 
 from __future__ import annotations
@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 options = sys.argv[sys.argv.index("--") + 1 :]
+if "--lazy" in options:
+    import autoparallel
+
+    options.remove("--lazy")
+    autoparallel.enable_advanced_parallelization()
 pairs = iter(sys.argv[1 : sys.argv.index("--")])
 for name, model in zip(pairs, pairs, strict=True):
     out = Path(options[0]) / name

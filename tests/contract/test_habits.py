@@ -127,6 +127,11 @@ def test_every_habit(models: Path, plain: Any, tmp_path: Path, plan: str) -> Non
 
 
 @pytest.mark.slow
+def test_every_habit_while_weights_are_still_in_their_files(models: Path, plain: Any, tmp_path: Path) -> None:
+    compare(models, plain, tmp_path, "sharded", *FAMILIES, options=("--lazy",))
+
+
+@pytest.mark.slow
 def test_an_adapter_put_into_a_compiled_model(models: Path, plain: Any, tmp_path: Path) -> None:
     compare(models, plain, tmp_path, "tensor-parallel", "adapters", options=("--base-first",))
 
