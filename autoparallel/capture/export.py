@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from autoparallel.capture.attention import ATTENTION_TARGET, NAME, PADDING_TARGET, captured_attention
+from autoparallel.capture.kept import draws
 from autoparallel.capture.segments import module_path
 from autoparallel.errors import CaptureError, ConfigError
 
@@ -194,8 +195,8 @@ def _uncast(node: fx.Node) -> fx.Node:
 def _check_random(module: fx.GraphModule, model_name: str) -> None:
     """Dropout becomes a module that follows `eval()`; any other random operator would go on drawing."""
     for node in module.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags and str(node.target) != "aten.dropout.default":
+        random = isinstance(node.target, torch._ops.OpOverload) and draws(node.target, node.args, node.kwargs)
+        if random and str(node.target) != "aten.dropout.default":
             raise CaptureError(
                 f"{model_name} draws random numbers with {node.target}",
                 why=f"in {module_path(node) or 'its forward'}; once captured, eval() cannot switch that off",

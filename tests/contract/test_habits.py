@@ -18,7 +18,7 @@ import torch
 
 from tests.families import make_model
 
-FAMILIES = {"trainer": "llama", "adapters": "llama", "shapes": "llama-tied", "dropout": "gpt2"}
+FAMILIES = {"trainer": "llama", "adapters": "llama", "shapes": "llama-tied", "dropout": "gpt2", "tuning": "llama"}
 PIPELINED = {"num_stages": 2, "data_parallel": 1, "tensor_parallel": 1, "num_micro_batches": 2}
 TENSOR_PARALLEL = {"pipeline_parallel": False, "data_parallel": 1, "tensor_parallel": 2}
 SHARDED = {"pipeline_parallel": False, "data_parallel": 2, "tensor_parallel": 1, "distribute_parameter": 3}
