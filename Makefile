@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread a process: ranks share the cores, and results do not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
+# Tests that run at a time; most use one process, some up to eight.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 
@@ -24,13 +27,13 @@ demo: install ## fine-tune SmolLM2-135M on four processes, then the same script 
 	AUTOPARALLEL_FLAVOR=cpu:2 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu2
 
 test: install ## the fast tier of tests
-	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 test-all: install ## every proof, the slow ones too
-	$(BIN)/python -m pytest -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive"
 
 exhaustive: install ## every plan that the planner may offer, on up to eight ranks: hours
-	$(BIN)/python -m pytest -m exhaustive
+	$(PYTEST) -m exhaustive
 
 bench-speed: install ## the emitted program beside hand-written PyTorch, on this machine
 	$(BIN)/python examples/prepare_smollm2.py

@@ -16,6 +16,7 @@ from autoparallel.cost.tables import CostTable, load_table
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision, choose_precision
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.plan import ModelSummary, Plan
 from autoparallel.plans.strategy import Constraints, Strategy
@@ -45,15 +46,17 @@ def plan(
     tokens are one step of the whole cluster. Raises NoFeasiblePlanError when nothing fits, ConfigError when the
     question cannot be asked.
     """
-    resolved = resolve_flavor(flavor)
+    resolved, constraints = resolve_flavor(flavor), constraints or Constraints()
+    precision = choose_precision(
+        resolved, dtype=dtype, model_dtype=_model_dtype(model), mixed_precision=constraints.mixed_precision
+    )
     return plan_program(
-        _capture(model, resolved, dtype),
+        _capture(model, precision),
         resolved,
         batch_size=batch_size,
         seq_len=seq_len,
-        model_dtype=_model_dtype(model),
-        dtype=dtype,
-        constraints=constraints or Constraints(),
+        precision=precision,
+        constraints=constraints,
         workers=workers,
     )
 
@@ -64,8 +67,7 @@ def plan_program(
     *,
     batch_size: int,
     seq_len: int,
-    model_dtype: str,
-    dtype: str = "auto",
+    precision: Precision,
     constraints: Constraints,
     workers: int | None = None,
 ) -> Plan:
@@ -83,8 +85,7 @@ def plan_program(
         table,
         batch_size=batch_size,
         seq_len=seq_len,
-        model_dtype=model_dtype,
-        dtype=dtype,
+        precision=precision,
         constraints=constraints,
     )
     candidates = search(workload, constraints, workers=workers)
@@ -98,7 +99,7 @@ def plan_program(
         constraints=constraints,
         batch_size=batch_size,
         seq_len=seq_len,
-        dtype=workload.precision.compute_dtype,
+        precision=precision,
         strategy=chosen.strategy,
         estimate=chosen.estimate,
         candidates=tuple(candidates),
@@ -142,14 +143,14 @@ def estimate(
         batch_per_device=strategy.batch_per_device,
         tensor_parallel=strategy.tensor_parallel,
     )
+    precision = choose_precision(resolved, dtype=dtype, model_dtype=_model_dtype(model))
     workload = _workload(
-        _capture(model, resolved, dtype),
+        _capture(model, precision),
         resolved,
         load_table(resolved.device),
         batch_size=batch_size,
         seq_len=seq_len,
-        model_dtype=_model_dtype(model),
-        dtype=dtype,
+        precision=precision,
         constraints=constraints,
         micro_batch_sizes=[strategy.batch_per_device],
     )
@@ -160,13 +161,15 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
     """The fx program that `rank` would run under `plan`, on fake tensors: no weights, no processes. `print_readable()`
     shows it. Under an interleaved schedule a rank has one for each of its virtual stages.
     """
+    import torch
+
     from autoparallel.capture.program import capture
     from autoparallel.emit.deferred import defer_weight_gradients
     from autoparallel.emit.stage import Member, emit_stage, local_tensors
     from autoparallel.schedule.actions import splits_backward
-    from autoparallel.tensor_parallel.splits import TensorParallel
+    from autoparallel.tensor_parallel.splits import SplitGraph
 
-    captured = capture(model, dtype=_torch_dtype(plan.dtype))
+    captured = capture(model, dtype=getattr(torch, plan.precision.compute_dtype))
     plan.check_matches(fingerprint=captured.graph.fingerprint)
     if not 0 <= rank < plan.strategy.num_devices:
         raise ConfigError(f"rank {rank} does not exist", why=f"the plan is for {plan.strategy.num_devices} devices")
@@ -176,7 +179,7 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
         )
     ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
     stages = plan.strategy.stages_of(rank // ranks_per_stage)
-    member = Member(TensorParallel.of_strategy(plan.strategy), rank % plan.strategy.tensor_parallel)
+    member = Member(SplitGraph.of_strategy(captured.graph, plan.strategy), rank % plan.strategy.tensor_parallel)
     tensors = local_tensors(captured, member)
     module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name], member=member)
     if splits_backward(plan.strategy.schedule, plan.strategy.num_stages):
@@ -192,12 +195,14 @@ def compile(
     plan: Plan | str | os.PathLike[str] | None = None,
     constraints: Constraints | None = None,
     example_inputs: dict[str, Any] | None = None,
+    torch_compile: bool = False,
 ) -> nn.Module:
     """Make `model` train in parallel on `flavor`, in an unchanged single-device loop. Returns the same object.
 
     In a plain `python train.py` this call starts one process per device and never returns in the first one; under
     torchrun it joins. Without `example_inputs` (a batch: input_ids, labels, ...) the plan is made at the first
-    training forward. `plan` replays a saved one.
+    training forward. `plan` replays a saved one. `torch_compile` compiles every block of the emitted stages with
+    torch.compile, which the plan's prices do not take into account.
     """
     from autoparallel.runtime import start
 
@@ -217,16 +222,19 @@ def compile(
         plan=given,
         constraints=constraints or Constraints(),
         example_inputs=example_inputs,
+        torch_compile=torch_compile,
         planner=plan_program,
     )
 
 
-def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constraints: Any) -> None:
+def enable_advanced_parallelization(
+    flavor: FlavorLike | None = None, *, torch_compile: bool = False, **constraints: Any
+) -> None:
     """The one line: every HF causal LM that is trained after it, created before or after, runs as `compile` would make
-    it run.
+    it run. `from_pretrained` after it leaves the weights in their files until each rank reads its part of them.
 
-    Keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches, batch_per_device,
-    ...
+    Other keyword arguments are those of `Constraints`: pipeline_parallel, num_stages, num_micro_batches,
+    batch_per_device, ...
     """
     from autoparallel.runtime import start
 
@@ -241,7 +249,7 @@ def enable_advanced_parallelization(flavor: FlavorLike | None = None, **constrai
             remedy=f"did you mean {close[0]!r}?" if close else "remove it",
         )
     resolved = resolve_flavor(_or_setting("local" if flavor is None else flavor))
-    start.enable(resolved, Constraints(**constraints), planner=plan_program)
+    start.enable(resolved, Constraints(**constraints), torch_compile=torch_compile, planner=plan_program)
 
 
 def _dump(name: str, text: Callable[[], str]) -> None:
@@ -258,15 +266,15 @@ def _or_setting(flavor: FlavorLike) -> FlavorLike:
     return read_settings().flavor or flavor if flavor == "local" else flavor
 
 
-def _capture(model: Any, flavor: Flavor, dtype: str) -> Program:
+def _capture(model: Any, precision: Precision) -> Program:
+    import torch
     from loguru import logger
 
     from autoparallel.capture.program import capture
-    from autoparallel.cost.segments import precision
 
     start = time.perf_counter()
-    compute = precision(flavor, dtype=dtype, model_dtype=_model_dtype(model)).compute_dtype
-    captured = capture(model, dtype=_torch_dtype(compute))
+    as_it_is = precision.compute_dtype == _model_dtype(model)
+    captured = capture(model, dtype=None if as_it_is else getattr(torch, precision.compute_dtype))
     num_ops = captured.graph.dag.number_of_nodes()
     logger.info(
         "Captured {} ({} ops) in {:.0f} [ms]", captured.graph.architecture, num_ops, (time.perf_counter() - start) * 1e3
@@ -283,12 +291,11 @@ def _workload(
     *,
     batch_size: int,
     seq_len: int,
-    model_dtype: str,
-    dtype: str,
+    precision: Precision,
     constraints: Constraints,
     micro_batch_sizes: list[int] | None = None,
 ) -> Workload:
-    from autoparallel.cost.segments import build_workload, precision
+    from autoparallel.cost.segments import build_workload
     from autoparallel.space.candidates import enumerate_strategies, tensor_degrees
 
     degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
@@ -310,7 +317,7 @@ def _workload(
         seq_len=seq_len,
         micro_batch_sizes=micro_batch_sizes,
         memory_ratio=constraints.memory_ratio,
-        precision=precision(flavor, dtype=dtype, model_dtype=model_dtype),
+        precision=precision,
         tensor_degrees=[degree for degree in degrees if degree > 1],
     )
 
@@ -341,17 +348,6 @@ def _model_dtype(model: Any) -> str:
     from autoparallel.capture.program import model_dtype
 
     return model_dtype(model)
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(
-            f"unknown dtype {name!r}", why='a compute dtype is "auto", "bfloat16", "float16", "float32" or "float64"'
-        )
-    return found
 
 
 __all__ = ["compile", "enable_advanced_parallelization", "estimate", "plan", "plan_program", "program"]

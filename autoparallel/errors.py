@@ -9,7 +9,9 @@ AutoParallelError
 ├── ContractError          2   the training loop asks for something a parallel program cannot give
 ├── NoFeasiblePlanError    3   no candidate fits
 ├── PlanMismatchError      4   a good plan, for another model, cluster or world size
-└── WorkerError            5   a process of ours died
+├── WorkerError            5   a process of ours died
+├── CheckpointError        7   weights that are damaged, incomplete or not the same on every rank
+└── StorageError           8   a folder that cannot be written: full, read-only, gone
 """
 
 from __future__ import annotations
@@ -70,3 +72,15 @@ class WorkerError(AutoParallelError):
     """A process of ours died."""
 
     exit_code = 5
+
+
+class CheckpointError(AutoParallelError):
+    """Weights that are damaged, incomplete or not the same on every rank."""
+
+    exit_code = 7
+
+
+class StorageError(AutoParallelError):
+    """A folder that cannot be written: full, read-only, gone."""
+
+    exit_code = 8

@@ -17,7 +17,7 @@ KNOWN = {
     "DEBUG": "1 adds tracebacks to errors",
 }
 """What a user may set, and what it means."""
-LAUNCHER_KEYS = frozenset({"LAUNCHER_PID", "OUTPUT_SOCKET"})
+LAUNCHER_KEYS = frozenset({"LAUNCHER_PID", "OUTPUT_SOCKET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"})
 """Set by our own launcher for the processes that it starts."""
 
 

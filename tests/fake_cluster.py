@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from autoparallel.capture.export import fake_twin
 from autoparallel.capture.program import Program
@@ -30,7 +31,7 @@ from autoparallel.cost.traffic import Phase, PhaseFlops
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.engine import Engine
-from autoparallel.runtime.module import training_loss
+from autoparallel.runtime.module import inner, training_loss
 from autoparallel.tensor_parallel.analysis import analyze
 from autoparallel.tensor_parallel.splits import Split, legal_splits
 from tests.strategies import plan_for
@@ -55,6 +56,14 @@ def llama_70b() -> PretrainedConfig:
 
 
 _lowered_splits: dict[tuple[str, int, bool], tuple[Split, ...]] = {}
+
+
+def adapted(config: PretrainedConfig, *, dtype: torch.dtype, layers: list[int] | None = None) -> nn.Module:
+    """A frozen model on meta with trained LoRA adapters, in some layers or in all."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lora = LoraConfig(r=6, target_modules=["q_proj", "down_proj"], layers_to_transform=layers)
+    return inner(get_peft_model(model, lora, autocast_adapter_dtype=False))
 
 
 def widest_splits(program: Program, *, degree: int, sequence_parallel: bool) -> tuple[Split, ...]:
@@ -98,12 +107,12 @@ class FakeRank:
 @contextmanager
 def fake_rank(
     program: Program,
-    config: PretrainedConfig,
+    config: PretrainedConfig | nn.Module,
     strategy: Strategy,
     *,
     rank: int,
     seq_len: int,
-    dtype: torch.dtype,
+    master_dtype: str,
     watched_by: AbstractContextManager[Any] | None = None,
 ) -> Iterator[FakeRank]:
     """`rank` of the strategy's devices. Sends go nowhere, collectives return their buffers; no tensor has values."""
@@ -111,15 +120,15 @@ def fake_rank(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fake, watched_by or nullcontext():
-            model = fake_twin(config, fake_mode=fake, dtype=dtype)
-            engine = Engine(model, program, plan_for(program, strategy, seq_len=seq_len), device=CPU)
+            model = fake_twin(config, fake_mode=fake, dtype=getattr(torch, master_dtype))
+            plan = plan_for(program, strategy, seq_len=seq_len, master_dtype=master_dtype)
+            engine = Engine(model, program, plan, device=CPU)
             tokens = torch.zeros(strategy.batch_size, seq_len, dtype=torch.long)
             batch = Batch(
                 input_ids=tokens,
                 padding=None,
                 labels=tokens,
                 num_items=torch.ones((), dtype=torch.long),
-                seed=0,
             )
             yield FakeRank(model, engine, torch.optim.AdamW(model.parameters()), batch)
     finally:

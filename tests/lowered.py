@@ -6,19 +6,22 @@ from autoparallel.cost.collectives import Topology
 from autoparallel.cost.segments import Pricing
 from autoparallel.cost.splitting import local_parameters
 from autoparallel.cost.tables import load_table
-from autoparallel.cost.workload import Precision, Workload
-from autoparallel.ir.graph import DTYPE_BYTES, Graph
+from autoparallel.cost.workload import Workload
+from autoparallel.ir.graph import Graph
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import Strategy
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
 from tests.workloads import gpus
 
 
-def lowered_workload(graph: Graph, strategy: Strategy, *, seq_len: int, tensor_index: int) -> Workload:
+def lowered_workload(
+    graph: Graph, strategy: Strategy, *, seq_len: int, tensor_index: int, precision: Precision
+) -> Workload:
     """Local costs and parameters, so that the strategy's own degree no longer counts."""
-    split, flavor = TensorParallel.of_strategy(strategy), gpus(strategy.num_devices)
-    table, precision = load_table(flavor.device), _one_dtype(graph.parameters[0].dtype)
+    split, flavor = SplitGraph.of_strategy(graph, strategy), gpus(strategy.num_devices)
+    table = load_table(flavor.device)
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
-    lowered = [split.lowered(graph, s, rank=tensor_index) for _, s in sorted(graph.representatives().items())]
+    lowered = [split.lowered(s, rank=tensor_index) for _, s in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, lowered)
     size = strategy.batch_per_device
     return Workload(
@@ -36,12 +39,3 @@ def lowered_workload(graph: Graph, strategy: Strategy, *, seq_len: int, tensor_i
         shared=shared,
         step_flops=1,
     )
-
-
-def _one_dtype(dtype: str) -> Precision:
-    """As the runtime computes: parameters, gradients and moments in the model's own dtype."""
-    size = DTYPE_BYTES[dtype]
-    return Precision(
-        compute_dtype=dtype, compute_bytes=size, master_bytes=size, separate_compute_copy=False, gradient_bytes=size,
-        optimizer_state_bytes=2 * size,
-    )  # fmt: skip

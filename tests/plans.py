@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEstimate
 from autoparallel.plans.plan import ModelSummary, Plan
@@ -95,7 +96,7 @@ def sample_plan(**changes: Any) -> Plan:
         "constraints": Constraints(),
         "batch_size": 16,
         "seq_len": 128,
-        "dtype": "bfloat16",
+        "precision": Precision.of("bfloat16", "float32"),
         "strategy": with_stages(strategy()),
         "estimate": estimate(2, step_time_s=0.5, bubble=0.1),
         "candidates": candidates(),

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from autoparallel.capture.program import Program
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.estimate import Breakdown, Estimate, StageEstimate
 from autoparallel.plans.plan import ModelSummary, Plan
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Recomputation, StagePlan, Strategy
@@ -65,9 +66,10 @@ def with_splits(program: Program, strategy: Strategy) -> Strategy:
     return strategy.model_copy(update={"splits": splits[0]})
 
 
-def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
-    """A plan with no prices worth reading."""
+def plan_for(program: Program, strategy: Strategy, *, seq_len: int, master_dtype: str = "") -> Plan:
+    """A plan with no prices worth reading; masters are in the program's dtype unless another one is named."""
     graph = program.graph
+    dtype = graph.parameters[0].dtype
     strategy = with_splits(program, strategy)
     strategy = strategy if strategy.stages else even_stages(graph.num_segments, strategy)
     nothing = StageEstimate(forward_s=0.0, backward_s=0.0, parameters=0, peak_memory_bytes=0, memory_parts_bytes={})
@@ -104,7 +106,7 @@ def plan_for(program: Program, strategy: Strategy, *, seq_len: int) -> Plan:
         constraints=Constraints(),
         batch_size=strategy.batch_size,
         seq_len=seq_len,
-        dtype="float64",
+        precision=Precision.of(dtype, master_dtype or dtype),
         strategy=strategy,
         estimate=estimate,
         candidates=(),

@@ -102,6 +102,14 @@ def test_a_loss_that_cannot_be_summed_over_micro_batches_is_refused() -> None:
         capture(_ExtraTerm())
 
 
+def test_noise_that_eval_could_not_switch_off_is_refused() -> None:
+    model: Any = make_model("llama", dtype=torch.float32)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+    with pytest.raises(CaptureError, match=r"draws random numbers with aten.randn_like") as caught:
+        capture(model)
+    assert "model.layers.1.mlp" in caught.value.why
+
+
 class _ExtraTerm(nn.Module):
     """A term beside the token loss, of which every micro-batch would bring its own."""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from autoparallel.capture.program import capture
 from autoparallel.errors import ContractError
 from autoparallel.plans.strategy import Strategy
+from autoparallel.runtime.one_process import _mend_peft
 from tests.equality import parallel
 from tests.families import make_batch, make_model
 from tests.ranks import run_ranks
@@ -109,7 +112,7 @@ REFUSED = [
 def refusals(strategy: Strategy) -> list[str]:
     """What each habit got, in a fresh model that has made a step."""
     found = []
-    model = make_model("llama", dtype=torch.float32)
+    model = make_model("llama", dtype=torch.float32, attention_dropout=0.1)
     program = capture(model)
     for habit in REFUSED:
         compiled = parallel(copy.deepcopy(model), program, strategy)
@@ -186,8 +189,12 @@ def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
                     .sum()
                 )
             )
+        found.append(float(model.num_parameters(exclude_embeddings=True)))
+        found.append(float(len(inspect.signature(model.forward).parameters)))
         wrapper = nn.ModuleDict({"inner": model})
-        found.append(float(sum(v.numel() for v in wrapper.state_dict().values())))
+        state = {name: 2 * value for name, value in wrapper.state_dict().items()}
+        wrapper.load_state_dict(state)
+        found += [float(sum(v.numel() for v in state.values())), float(model(**batch).loss)]
         return found
 
     model = make_model("llama", dtype=torch.float32)
@@ -198,3 +205,83 @@ def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
 def test_numbers_between_steps_are_those_of_the_whole_model(strategy: Strategy) -> None:
     for plain, found in run_ranks(2, habits, strategy):
         assert found == pytest.approx(plain, rel=1e-5)
+
+
+def shapes(strategy: Strategy) -> tuple[list[float], list[float], list[list[tuple[int, ...]]]]:
+    """Losses and norms over batches of many shapes, and the micro-batches that this rank's stage saw in each step."""
+
+    def loop(model: Any) -> list[float]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for rows, seq in SHAPES:
+            seen.append([])
+            if rows < 0:
+                with torch.no_grad():
+                    found.append(float(model(**make_batch(-rows, seq), use_cache=False).loss))
+                continue
+            loss = model(**make_batch(rows, seq), use_cache=False).loss
+            loss.backward()
+            found += [float(loss), float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))]
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    seen: list[list[tuple[int, ...]]] = []
+    model = make_model("llama", dtype=torch.float32)
+    plain = loop(copy.deepcopy(model))
+    compiled: Any = parallel(model, capture(model), strategy)
+    compiled(**make_batch(4, 8), use_cache=False).loss.backward()
+    compiled.zero_grad()
+    seen.clear()
+    for stage in compiled._parallel.engine.stages:
+        stage.module.register_forward_pre_hook(
+            lambda module, args, kwargs: seen[-1].append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+    return plain, loop(compiled), seen
+
+
+SHAPES = [(8, 8), (8, 12), (5, 8), (1, 6), (-6, 10), (4, 8), (-1, 4), (7, 9)]
+"""Rows and tokens; negative rows are an evaluation."""
+
+
+def test_every_shape_of_batch_is_pipelined() -> None:
+    """A row that fills up the last micro-batch is ignored; none goes as one batch."""
+    for plain, found, seen in run_ranks(2, shapes, PIPELINED):
+        assert found == pytest.approx(plain, rel=1e-5)
+        assert seen == [[(2, seq)] * -(-abs(rows) // 2) for rows, seq in SHAPES]
+
+
+def adapters() -> list[str]:
+    """What is refused once an adapter's program is placed."""
+    _mend_peft()
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    base = make_model("llama", dtype=torch.float32)
+    model: Any = get_peft_model(base, lora)
+    program = capture(base)
+    parallel(base, program, PIPELINED)
+    _forward(model).loss.backward()
+    found = []
+
+    def disabled() -> None:
+        with model.disable_adapter():
+            _forward(model)
+
+    def scaled() -> None:
+        for layer in (m for m in model.modules() if hasattr(m, "merged_adapters")):
+            layer.scaling["default"] *= 2
+        _forward(model)
+
+    for change in (disabled, model.merge_and_unload, model.merge_adapter, model.unload, scaled):
+        try:
+            change()
+            found.append("nothing")
+        except ContractError as error:
+            found.append(error.what)
+    return found
+
+
+def test_adapters_that_change_are_refused() -> None:
+    late = "an adapter was switched, scaled or merged after the program was placed"
+    merging = [f"{name}() after the first training step" for name in ("merge_and_unload", "merge_adapter", "unload")]
+    for found in run_ranks(2, adapters):
+        assert found == [late, *merging, late]

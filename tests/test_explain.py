@@ -102,7 +102,6 @@ def test_hostile_and_long_names_stay_inert_and_narrow() -> None:
         plans.sample_plan(
             model=sample.model.model_copy(update={"name": evil, "architecture": evil}),
             flavor=flavor,
-            dtype=evil,
             candidates=(*sample.candidates, rejected),
             assumptions=(evil,),
         )

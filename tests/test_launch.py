@@ -94,6 +94,56 @@ def test_plain_python_looks_like_one_process(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_rank_looks_like_one_process_before_the_line_and_after_it(tmp_path: Path) -> None:
+    """Libraries find no rank variables, so that accelerate counts one process; torch.distributed goes on telling."""
+    look = """
+def look():
+    from accelerate.state import PartialState
+    PartialState._reset_state()
+    found = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") if name in os.environ]
+    return found, PartialState(cpu=True).num_processes, launch.world_size()
+before = look()
+launch.ensure_launched(flavor(2))
+"""
+    write(tmp_path, look + "print(before, look())\n")
+    assert python("train.py", cwd=tmp_path).stdout == "([], 1, 1) ([], 1, 2)\n"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    write(tmp_path, "launch.ensure_launched(flavor(2))\n" + look.replace("before = look()", "") + "print(look())\n")
+    done = python(*torchrun, cwd=tmp_path)
+    assert done.stdout == "([], 1, 2)\n", done.stderr[-2000:]
+
+
+TRAINER_FIRST = """
+import torch, transformers
+from transformers import Trainer, TrainingArguments
+from autoparallel.runtime.one_process import see_one_process
+arguments = TrainingArguments("out", use_cpu=True, report_to=[])
+counted = arguments.world_size
+launch.ensure_launched(flavor(2))
+see_one_process(torch.device("cpu"))
+config = transformers.LlamaConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+)
+trainer = Trainer(transformers.LlamaForCausalLM(config), arguments)
+counts = [arguments.world_size, trainer.accelerator.num_processes]
+found = [*counts, arguments.should_save, trainer.is_world_process_zero()]
+everyone = [None, None]
+torch.distributed.all_gather_object(everyone, found)
+print(counted, *everyone)
+"""
+
+
+@pytest.mark.slow
+def test_training_arguments_made_before_the_line_see_one_process(tmp_path: Path) -> None:
+    """Under torchrun they have counted the ranks by then, and set up torch.distributed."""
+    write(tmp_path, TRAINER_FIRST)
+    expected = "[1, 1, True, True] [1, 1, False, False]\n"
+    assert python("train.py", cwd=tmp_path).stdout == f"1 {expected}"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    done = python(*torchrun, cwd=tmp_path)
+    assert sorted(done.stdout.splitlines())[0] + "\n" == f"2 {expected}", done.stderr[-2000:]
+
+
 def test_a_module_runs_and_the_failing_rank_is_shown_last(tmp_path: Path) -> None:
     body = SUM + "if launch.rank() == 1: raise ValueError('boom')\ndist.all_reduce(total)\nprint('not reached')\n"
     write(tmp_path, "launch.ensure_launched(flavor(2))\n" + body, name="pkg/mod.py")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from autoparallel.cost.flavors import resolve_flavor
 from autoparallel.cost.memory import capacity_bytes, peaks, rank_memory
 from autoparallel.cost.tables import load_table
-from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
+from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 from tests.workloads import MIXED
 
@@ -149,10 +150,7 @@ def test_frozen_parameters_have_no_gradients_or_states() -> None:
 
 
 def test_one_copy_where_compute_and_master_dtypes_agree() -> None:
-    precision = MIXED.model_copy(
-        update={"compute_dtype": "float32", "compute_bytes": 4, "separate_compute_copy": False}
-    )
-    memory = rank_memory(_workload(precision=precision), _one_stage(), rank=0)
+    memory = rank_memory(_workload(precision=Precision.of("float32", "float32")), _one_stage(), rank=0)
     assert memory["parameters"] == 3400 * 4
 
 

@@ -162,8 +162,8 @@ def test_wrong_fields_are_named(tmp_path: Path, path: str, value: Any, message: 
 def test_float_overflow_and_missing_field(tmp_path: Path) -> None:
     overflow = edited("estimate.mfu", "@").replace('"@"', "1e999")
     assert "estimate.mfu: Input should be a finite" in str(load_error(tmp_path, overflow))
-    without = {key: value for key, value in GOOD.items() if key != "dtype"}
-    assert "dtype: Field required" in str(load_error(tmp_path, json.dumps(without)))
+    without = {key: value for key, value in GOOD.items() if key != "precision"}
+    assert "precision: Field required" in str(load_error(tmp_path, json.dumps(without)))
 
 
 def test_a_newer_minor_schema_loads_unless_it_says_something_new(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from autoparallel.capture.program import capture
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime import batch as batch_module
 from autoparallel.runtime import parameters as parameters_module
+from autoparallel.runtime import torch_schedule
 from autoparallel.runtime.batch import IGNORED, Batch
 from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.parameters import Parameters
 from autoparallel.tensor_parallel.layout import Dim, Sharding
-from autoparallel.tensor_parallel.lower import Lowering
+from autoparallel.tensor_parallel.regions import Regions
 from tests.equality import parallel
 from tests.families import make_batch, make_model
 from tests.ranks import run_ranks
@@ -111,6 +112,29 @@ def early_optimizer(mended: bool) -> tuple[Values, Values]:
     def run(model: nn.Module) -> Values:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         return [_step(model, optimizer, seed=1) for _ in range(3)]
+
+    return _losses_of_both(_models("llama", SHARDED), run)
+
+
+def gathered_parameters(mended: bool) -> tuple[Values, Values]:
+    """What an evaluation, or a frozen parameter, has left gathered is computed with again after its shards changed."""
+    if not mended:
+        torch_schedule.Sharding.give_back = lambda self: None  # type: ignore[method-assign]
+
+    def run(model: nn.Module) -> Values:
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        for parameter in list(model.parameters())[:6]:
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        model(**make_batch(4, 8), use_cache=False).loss.backward()
+        with torch.no_grad():
+            model(**make_batch(4, 8), use_cache=False)
+        optimizer.step()
+        with torch.no_grad():
+            losses = [float(model(**make_batch(4, 8), use_cache=False).loss)]
+            model.load_state_dict({name: 2 * value for name, value in start.items()})
+            losses.append(float(model(**make_batch(4, 8), use_cache=False).loss))
+        return losses
 
     return _losses_of_both(_models("llama", SHARDED), run)
 
@@ -223,7 +247,7 @@ def norms_on_sequence_shards(mended: bool) -> tuple[Values, Values]:
 def row_parallel_bias(mended: bool) -> tuple[Values, Values]:
     """A bias that every rank adds to its part of a sum is counted once for each rank."""
     if not mended:
-        Lowering.deferred_bias = lambda self, op: None  # type: ignore[method-assign]
+        Regions.deferred_bias = lambda self, op: None  # type: ignore[method-assign]
     return _trained_losses("gpt2", TENSOR_PARALLEL)
 
 
@@ -243,6 +267,7 @@ CASES = [
     clipping,
     overflow,
     early_optimizer,
+    gathered_parameters,
     broadcast_dtype,
     token_count,
     dropout_in_eval,

@@ -17,7 +17,7 @@ from autoparallel.errors import ConfigError, PlanMismatchError
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import analyze
 from autoparallel.tensor_parallel.layout import Atom, Misfit, Sharding, cut, new, take_inner, unify
-from autoparallel.tensor_parallel.splits import TensorParallel, legal_splits, lower_split, split_names
+from autoparallel.tensor_parallel.splits import SplitGraph, legal_splits, lower_split, split_names
 from tests.equality import check_strategies, parallel
 from tests.families import FAMILIES, UNSEEN, lifted, make_batch, make_model
 from tests.ranks import run_ranks
@@ -129,7 +129,7 @@ def test_splits_that_do_not_fit_are_refused(
     splits: tuple[tuple[str, ...], ...], words: str, programs: dict[str, Program]
 ) -> None:
     with pytest.raises(PlanMismatchError, match=words):
-        TensorParallel(2, False, splits).lowered(program_of("llama", programs).graph, 1)
+        SplitGraph(program_of("llama", programs).graph, 2, False, splits).lowered(1)
 
 
 # --- exactness ---

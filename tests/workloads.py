@@ -7,19 +7,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from autoparallel.cost.tables import load_table
-from autoparallel.cost.workload import ParameterCount, Precision, SegmentCost, SharedParameters, Workload
+from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision
 from autoparallel.space.candidates import divisors
 
 GIB = 2**30
-MIXED = Precision(
-    compute_dtype="bfloat16",
-    compute_bytes=2,
-    master_bytes=4,
-    separate_compute_copy=True,
-    gradient_bytes=4,
-    optimizer_state_bytes=8,
-)
+MIXED = Precision.of("bfloat16", "float32")
 CPU_CORES = 2
 
 

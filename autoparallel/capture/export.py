@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from autoparallel.capture.attention import ATTENTION_TARGET, NAME, PADDING_TARGET, captured_attention
+from autoparallel.capture.kept import draws
+from autoparallel.capture.segments import module_path
 from autoparallel.errors import CaptureError, ConfigError
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items")
@@ -160,6 +162,7 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _clean(module)
+    _check_random(module, type(twin).__name__)
     _check_symbolic(module, type(twin).__name__)
     if not _is_sum_over_num_items(module):
         raise CaptureError(
@@ -187,6 +190,18 @@ def _uncast(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and str(node.target).startswith(("aten.to.", "aten._to_copy", "aten.alias")):
         node = node.all_input_nodes[0]
     return node
+
+
+def _check_random(module: fx.GraphModule, model_name: str) -> None:
+    """Dropout becomes a module that follows `eval()`; any other random operator would go on drawing."""
+    for node in module.graph.nodes:
+        random = isinstance(node.target, torch._ops.OpOverload) and draws(node.target, node.args, node.kwargs)
+        if random and str(node.target) != "aten.dropout.default":
+            raise CaptureError(
+                f"{model_name} draws random numbers with {node.target}",
+                why=f"in {module_path(node) or 'its forward'}; once captured, eval() cannot switch that off",
+                remedy="take out what adds noise to the forward; dropout is supported",
+            )
 
 
 def _check_symbolic(module: fx.GraphModule, model_name: str) -> None:

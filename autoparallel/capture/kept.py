@@ -16,14 +16,15 @@ from autoparallel.ir.ops import is_heavy
 
 def is_kept(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the outputs of this call stay until backward."""
-    return is_heavy(str(operator)) and not _draws(operator, args, kwargs)
+    # Were the output of a kernel that draws dropout kept, the second run would skip its random numbers, and every later
+    # dropout of the block would draw others than in forward.
+    return is_heavy(str(operator)) and not draws(operator, args, kwargs)
 
 
-def _draws(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the kernel itself draws dropout. Were its output kept, the second run would skip its random numbers, and
-    every later dropout of the block would draw others than in forward.
-    """
+def draws(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call draws random numbers; attention kernels do if they drop out."""
     if torch.Tag.nondeterministic_seeded not in operator.tags:
         return False
-    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | kwargs
-    return bool(given.get("dropout_p", 0.0))
+    names = [argument.name for argument in operator._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return "dropout_p" not in names or bool(given.get("dropout_p", 0.0))

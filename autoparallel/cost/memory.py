@@ -23,7 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from autoparallel.cost.workload import ParameterCount, Precision, Workload
+from autoparallel.cost.workload import ParameterCount, Workload
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.schedule.actions import InFlight, in_flight
 

@@ -14,7 +14,7 @@ from autoparallel.cost.collectives import Topology
 from autoparallel.cost.compute import KernelKind, kernel_s, memory_s
 from autoparallel.cost.splitting import local_parameters, variants
 from autoparallel.cost.tables import CostTable
-from autoparallel.cost.workload import Precision, SegmentCost, Workload
+from autoparallel.cost.workload import SegmentCost, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
 from autoparallel.ir.ops import (
@@ -29,8 +29,9 @@ from autoparallel.ir.ops import (
     contracted_inputs,
     flops,
 )
-from autoparallel.tensor_parallel.lower import LoweredSegment
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.ir.precision import Precision
+from autoparallel.tensor_parallel.splits import SplitGraph
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 CROSS_ENTROPY = "aten.cross_entropy_loss.default"
 # Lookups touch as many rows of their first operand as they return, not the whole table.
@@ -41,23 +42,6 @@ LOOKUPS = {
     "aten.index_select.default",
     "aten.gather.default",
 }
-
-
-def precision(flavor: Flavor, *, dtype: str, model_dtype: str) -> Precision:
-    """`"auto"`: bf16 compute with fp32 masters and gradients on GPUs, the model's own dtype on CPU. AdamW keeps two
-    moments a master.
-    """
-    mixed = dtype == "auto" and not flavor.is_cpu and model_dtype == "float32"
-    compute = "bfloat16" if mixed else (model_dtype if dtype == "auto" else dtype)
-    master = "float32" if mixed or (compute in ("bfloat16", "float16") and model_dtype == "float32") else compute
-    return Precision(
-        compute_dtype=compute,
-        compute_bytes=DTYPE_BYTES[compute],
-        master_bytes=DTYPE_BYTES[master],
-        separate_compute_copy=compute != master,
-        gradient_bytes=DTYPE_BYTES[master],
-        optimizer_state_bytes=2 * DTYPE_BYTES[master],
-    )
 
 
 def build_workload(
@@ -78,7 +62,7 @@ def build_workload(
     """
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
     sizes = sorted(set(micro_batch_sizes))
-    whole = [TensorParallel().lowered(graph, segment) for _, segment in sorted(graph.representatives().items())]
+    whole = [SplitGraph(graph).lowered(segment) for _, segment in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, whole)
     found, impossible = variants(
         graph, tensor_degrees, micro_batch_sizes=sizes, seq_len=seq_len, price=pricing.segment_cost

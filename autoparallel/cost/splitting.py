@@ -16,8 +16,8 @@ from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParame
 from autoparallel.ir.graph import Graph
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
 from autoparallel.tensor_parallel.layout import ParameterSplit
-from autoparallel.tensor_parallel.lower import LoweredSegment
 from autoparallel.tensor_parallel.splits import Split, legal_splits, split_names
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 STATE_BYTES = 16
 """Of a trained element: fp32 master, gradient and AdamW's two moments; weighs parameters against activations."""
@@ -202,10 +202,9 @@ def _addends(graph: Graph, lowered: LoweredSegment) -> int:
     """Elements of which every rank has an addend of the gradient, summed once a step."""
     trained = {p.name: p.numel for p in graph.parameters if p.trainable}
     whole = sum(trained.get(name, 0) for name in lowered.shared_parameters)
-    mixed = [lowered.split_of(name) for name in lowered.parameters.keys() & trained.keys()]
-    return whole + sum(_held_by_all(split) for split in mixed if split.is_mixed)
+    return whole + sum(_held_by_all(lowered.split_of(name)) for name in lowered.parameters.keys() & trained.keys())
 
 
 def _held_by_all(split: ParameterSplit) -> int:
-    shape = zip(split.local_shape(), split.held_by_all(), strict=True)
-    return prod(length if held is None else len(held) for length, held in shape)
+    found, shape = split.held_by_all(), split.local_shape()
+    return 0 if found is None else prod(shape) // shape[found[0]] * len(found[1])

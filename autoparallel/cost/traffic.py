@@ -21,8 +21,8 @@ from autoparallel.ir.ops import CONVERSIONS, DEFERRABLE, VOCABULARY_CROSS_ENTROP
 from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
 from autoparallel.schedule.actions import Order, actions
 from autoparallel.tensor_parallel.layout import ParameterSplit
-from autoparallel.tensor_parallel.lower import LoweredSegment
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 Phase = Literal["forward", "recompute", "backward", "step"]
 """`step` comes once, after the schedule."""
@@ -110,6 +110,8 @@ class RankStep:
     strategy: Strategy
     seq_len: int
     rank: int
+    gradient_dtype: str
+    """In which gradients are summed."""
 
     def traffic(self) -> Traffic:
         """Everything that the rank communicates."""
@@ -138,9 +140,8 @@ class RankStep:
         return Place.of(self.rank, self.strategy)
 
     @cached_property
-    def split(self) -> TensorParallel:
-        strategy = self.strategy
-        return TensorParallel(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
+    def split(self) -> SplitGraph:
+        return SplitGraph.of_strategy(self.graph, self.strategy)
 
     @property
     def _size(self) -> dict[str, int]:
@@ -172,9 +173,7 @@ class RankStep:
     @cached_property
     def _lowered_classes(self) -> dict[int, LoweredSegment]:
         first = self.graph.representatives()
-        return {
-            cls: self.split.lowered(self.graph, segment, rank=self.place.tensor_index) for cls, segment in first.items()
-        }
+        return {cls: self.split.lowered(segment, rank=self.place.tensor_index) for cls, segment in first.items()}
 
     @property
     def _tensor_group(self) -> tuple[int, ...]:
@@ -234,7 +233,10 @@ class RankStep:
 
     @cached_property
     def _splits(self) -> dict[str, ParameterSplit]:
-        return self.split.parameters(self.graph)
+        return self.split.parameters()
+
+    def _gradient(self, parameter: Parameter) -> Shape:
+        return self._shape(parameter)._replace(dtype=self.gradient_dtype)
 
     def _shape(self, parameter: Parameter) -> Shape:
         return Shape(self._splits[parameter.name].local_shape(self.place.tensor_index), parameter.dtype)
@@ -262,7 +264,8 @@ class RankStep:
                 gathered = self._sharded("forward", "all_gather", unit)
                 found[gathered] += times
                 kept = strategy.keeps_head and any(head in p.segments for p in unit)
-                if strategy.distribute_param == 3 and not kept:
+                backward = any(self.graph.runs_backward(segment) for p in unit for segment in p.segments)
+                if strategy.distribute_param == 3 and backward and not kept:
                     found[gathered._replace(phase="backward")] += times
                 for reduced in self._reduced(unit, stage):
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1
@@ -285,13 +288,14 @@ class RankStep:
     @cached_property
     def _deferred(self) -> set[str]:
         """Weights whose gradients a split backward makes in its second half."""
-        ops = (op for segment, _ in self._segments() for op in self.split.lowered(self.graph, segment).ops)
+        ops = (op for segment, _ in self._segments() for op in self.split.lowered(segment).ops)
         return {op.inputs[DEFERRABLE[op.target].weight].name for op in ops if op.target in DEFERRABLE}
 
     def _sharded(self, phase: Phase, kind: CollectiveKind, unit: list[Parameter]) -> Transfer:
         ways = self.strategy.data_parallel
-        size_bytes = sum(self._shape(p).padded(ways).size_bytes for p in unit)
-        return Transfer(phase, kind, "data", self._data_group, unit[0].dtype, size_bytes)
+        shapes = [self._gradient(p) if kind == "reduce_scatter" else self._shape(p) for p in unit]
+        size_bytes = sum(shape.padded(ways).size_bytes for shape in shapes)
+        return Transfer(phase, kind, "data", self._data_group, shapes[0].dtype, size_bytes)
 
     def _gradients(self) -> Traffic:
         """Sums of gradients once a step: over replicas that hold them whole, of addends over the tensor-parallel group,
@@ -301,11 +305,13 @@ class RankStep:
         found: Traffic = Counter()
         mine = [p for p in self.graph.parameters if p.trainable and self.place.stage in self._stages(p)]
         if strategy.distribute_param == 0 and strategy.data_parallel > 1:
-            found += _summed([self._shape(p) for p in reversed(mine)], "data", self._data_group)
+            found += _summed([self._gradient(p) for p in reversed(mine)], "data", self._data_group)
         if strategy.tensor_parallel > 1:
             segments = [segment for segment, _ in self._segments()]
-            shared = self.split.shared_parameters(self.graph, segments)
-            found += _summed([self._piece(p) for p in mine if p.name in shared], "tensor", self._tensor_group)
+            shared = self.split.shared_parameters(segments)
+            addends = [self._piece(p) for p in mine if p.name in shared]
+            parts = [part for p in mine if (part := self._held_by_all(p)) is not None]
+            found += _summed(addends + parts, "tensor", self._tensor_group)
         for stages in sorted({self._stages(p) for p in mine if len(self._stages(p)) > 1}):
             group = tuple(self.place._replace(stage=stage).rank(strategy) for stage in stages)
             found += _summed([self._piece(p) for p in mine if self._stages(p) == stages], "tied", group)
@@ -313,9 +319,20 @@ class RankStep:
 
     def _piece(self, parameter: Parameter) -> Shape:
         """What the rank holds of a parameter's reduced gradient."""
-        shape = self._shape(parameter)
+        shape = self._gradient(parameter)
         sharded = self.strategy.distribute_param > 0
         return shape.shard(self.strategy.data_parallel, self.place.data_index) if sharded else shape
+
+    def _held_by_all(self, parameter: Parameter) -> Shape | None:
+        """Of the piece, the unsharded segments of a fused projection."""
+        found = self._splits[parameter.name].held_by_all(self.place.tensor_index)
+        if found is None:
+            return None
+        (dim, held), piece = found, self._piece(parameter)
+        if dim == 0 and self.strategy.distribute_param > 0:
+            start = self.place.data_index * -(-self._shape(parameter).dims[0] // self.strategy.data_parallel)
+            held = held[(held >= start) & (held < start + piece.dims[0])]
+        return piece._replace(dims=(*piece.dims[:dim], len(held), *piece.dims[dim + 1 :]))
 
     def _stages(self, parameter: Parameter) -> tuple[int, ...]:
         """Pipeline ranks that use a parameter."""

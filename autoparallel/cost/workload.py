@@ -6,6 +6,7 @@ from pydantic import Field
 
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision
 from autoparallel.ir.schema import Schema
 from autoparallel.plans.strategy import Recomputation, Strategy
 
@@ -63,19 +64,6 @@ class SharedParameters(Schema):
 
     segments: tuple[int, ...]
     count: ParameterCount
-
-
-class Precision(Schema):
-    """Bytes per parameter element of each copy (mixed precision: bf16 compute, fp32 masters and gradients)."""
-
-    compute_dtype: str
-    compute_bytes: int
-    master_bytes: int
-    separate_compute_copy: bool
-    """True when compute and master dtypes differ, so that both copies exist."""
-    gradient_bytes: int
-    optimizer_state_bytes: int
-    """Of one trainable element; AdamW: two fp32 moments, 8."""
 
 
 class Variant(Schema):

@@ -58,7 +58,9 @@ class DeferredContraction(nn.Module):
         left, right = output_gradient.flatten(0, -2), value.flatten(0, -2)
         if self.operands.weight_is_in_out:
             left, right = right, left
-        if weight.grad is None:
+        if weight.dtype.itemsize < 4:  # sums in a wider dtype are made by whoever hooks the gradient
+            torch.autograd.backward(weight, left.t() @ right)
+        elif weight.grad is None:
             weight.grad = left.t() @ right
         else:
             weight.grad.addmm_(left.t(), right)

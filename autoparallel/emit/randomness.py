@@ -8,9 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from autoparallel.capture.attention import Attention
+from autoparallel.capture.attention import ATTENTION_TARGET
+from autoparallel.ir.graph import Graph
+
+DROPOUT = "aten.dropout.default"
+
+
+def draws_randomly(graph: Graph) -> bool:
+    """Whether a training step draws random numbers at all."""
+    probability = {DROPOUT: "p", ATTENTION_TARGET: "dropout"}
+    return any(op.argument(probability[op.target], 0.0) for op in graph.ops() if op.target in probability)
 
 
 @contextmanager
@@ -22,17 +31,6 @@ def drawing_apart(rank: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed + 0x9E3779B9 * (rank + 1)) % (1 << 62))
         yield
-
-
-def draws(stage: nn.Module) -> bool:
-    """Whether a training step of `stage` draws random numbers."""
-    for module in stage.modules():
-        if (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(module, Attention) and module.dropout > 0):
-            return True
-        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-        if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
-            return True
-    return False
 
 
 class Apart(nn.Module):

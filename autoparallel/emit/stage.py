@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -20,18 +20,17 @@ from autoparallel.capture.annotate import named_arguments
 from autoparallel.capture.attention import ATTENTION_TARGET, Attention
 from autoparallel.capture.program import Program
 from autoparallel.emit.collectives import FUNCTIONS
-from autoparallel.emit.randomness import Apart
+from autoparallel.emit.randomness import DROPOUT, Apart
 from autoparallel.emit.recompute import Recomputed, recomputed
 from autoparallel.ir.graph import Argument, Op, Ref
 from autoparallel.plans.strategy import StagePlan
 from autoparallel.tensor_parallel.layout import ParameterSplit
-from autoparallel.tensor_parallel.lower import LoweredSegment
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
+from autoparallel.tensor_parallel.values import LoweredSegment
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items", "padding")
 """Keyword inputs of every stage. `padding` is the boolean attention mask, or None when no token is padding."""
 
-DROPOUT = "aten.dropout.default"
 _CAPTURED_ON = torch.device("cpu")
 
 Tensors = Callable[[str], Tensor]
@@ -42,7 +41,7 @@ Tensors = Callable[[str], Tensor]
 class Member:
     """This rank's place in its tensor-parallel group, and how the plan splits segments over it."""
 
-    split: TensorParallel = field(default_factory=TensorParallel)
+    split: SplitGraph
     rank: int = 0
     group: str = "tensor_parallel"
     """Name of the process group that the emitted collectives run on."""
@@ -53,16 +52,16 @@ def emit_stage(
     stage: StagePlan,
     tensors: Tensors,
     *,
-    member: Member = Member(),
+    member: Member | None = None,
     device: torch.device = _CAPTURED_ON,
 ) -> fx.GraphModule:
     """The module of one stage: takes the hidden states of the one before it and `INPUTS`; returns what the next one
     takes.
 
-    The last stage returns (loss, logits), the loss being its micro-batch's share of the whole batch's loss, the logits
-    this rank's part of the vocabulary.
+    Without a `member` nothing is split. The last stage returns (loss, logits), the loss being its micro-batch's share
+    of the whole batch's loss, the logits this rank's part of the vocabulary.
     """
-    module = _StageEmitter(program, stage, tensors, member).emit()
+    module = _StageEmitter(program, stage, tensors, member or Member(SplitGraph(program.graph))).emit()
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             _move_literals(part, device)
@@ -131,7 +130,7 @@ class _StageEmitter:
         return tuple(self.value(self.nodes[name]) for name in names)
 
     def emit_segment(self, segment: int) -> None:
-        lowered = self.member.split.lowered(self.program.graph, segment, rank=self.member.rank)
+        lowered = self.member.split.lowered(segment, rank=self.member.rank)
         if not lowered.ops:
             return
         block, arguments, results = _BlockEmitter(self, segment, lowered).emit(f"Segment{segment}")
@@ -386,7 +385,7 @@ def taken(whole: Tensor, split: ParameterSplit | None, rank: int) -> Tensor:
 def local_tensors(program: Program, member: Member) -> dict[str, Tensor]:
     """Fake tensors of the shapes that a rank holds, by canonical name."""
     tensors = dict(state_tensors(program.exported.twin, program))
-    for name, split in member.split.parameters(program.graph).items():
+    for name, split in member.split.parameters().items():
         part = taken(tensors[name].detach(), split, member.rank)
         tensors[name] = nn.Parameter(part, requires_grad=tensors[name].requires_grad)
     return tensors

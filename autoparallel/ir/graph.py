@@ -140,6 +140,10 @@ class Graph:
     def segment_ops(self, segment: int) -> list[Op]:
         return [op for op in self.ops() if op.segment == segment]
 
+    def runs_backward(self, segment: int) -> bool:
+        """Whether a gradient passes through the segment: not below the first trained parameter."""
+        return any(spec.requires_grad for op in self.segment_ops(segment) for spec in op.outputs)
+
     @property
     def num_segments(self) -> int:
         return len(self.segment_classes)

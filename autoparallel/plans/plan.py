@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from autoparallel.errors import PlanFormatError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.precision import Precision
 from autoparallel.ir.schema import Schema
 from autoparallel.plans import files
 from autoparallel.plans.candidate import Candidate
@@ -49,8 +50,7 @@ class Plan(Schema):
     constraints: Constraints
     batch_size: int = Field(ge=1)
     seq_len: int = Field(ge=1)
-    dtype: str
-    """Compute dtype."""
+    precision: Precision
     strategy: Strategy
     """The chosen one, its stages filled in."""
     estimate: Estimate

@@ -10,6 +10,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from autoparallel.ir.precision import Precision
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection
 from autoparallel.plans.plan import Plan
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
@@ -64,9 +65,14 @@ def _question(plan: Plan) -> str:
     lines = [
         f"model   {clean(model.architecture)}, {parameters}, {model.num_blocks} blocks",
         f"flavor  {clean(flavor.name)}: {flavor.num_devices} x {clean(flavor.device)} in {hosts}, {capacity}",
-        f"batch   {plan.batch_size} rows of {plan.seq_len} tokens a step, compute in {clean(plan.dtype)}",
+        f"batch   {plan.batch_size} rows of {plan.seq_len} tokens a step, {_dtypes(plan.precision)}",
     ]
     return "\n".join([f"Plan for {clean(model.name)}", *(row for line in lines for row in _wrapped(line, indent="  "))])
+
+
+def _dtypes(precision: Precision) -> str:
+    masters = f", masters in {precision.master_dtype}" if precision.separate_compute_copy else ""
+    return f"compute in {precision.compute_dtype}{masters}"
 
 
 def _choice(plan: Plan) -> str:

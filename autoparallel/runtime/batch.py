@@ -31,8 +31,6 @@ class Batch:
     labels: Tensor | None
     num_items: Tensor
     """[] int64 or float: the divisor of the summed loss, global over micro-batches and data-parallel ranks."""
-    seed: int
-    """Rank 0's torch seed, from which all dropout streams derive."""
 
     @cached_property
     def attention_mask(self) -> Tensor:
@@ -88,7 +86,6 @@ class _Header(NamedTuple):
     has_labels: int = 0
     labels_are_ids: int = 0
     """The loop passes one tensor as both; it travels once."""
-    seed: int = 0
     divisor: float = 0.0
 
     @property
@@ -150,7 +147,6 @@ class BatchExchange:
             padding=tokens[1] if header.padded else None,
             labels=labels,
             num_items=self._num_items,
-            seed=header.seed,
         )
 
     def _exchanged(self, header: _Header, parts: list[Tensor]) -> tuple[_Header, list[Tensor]]:
@@ -189,7 +185,6 @@ def _described(
         padded=padded,
         has_labels=labels is not None,
         labels_are_ids=labels is input_ids,
-        seed=torch.initial_seed() % (1 << 62),
         divisor=divisor,
     )
     given = (input_ids, attention_mask if padded else None, None if labels is input_ids else labels)

@@ -36,7 +36,8 @@ def check_inputs(given: Mapping[str, Any]) -> None:
         raise ContractError(
             "the model is called under autocast",
             why="all micro-batches run backward inside this call, and backward must not run under autocast",
-            remedy="load the model in the dtype you want instead: from_pretrained(..., dtype=torch.bfloat16)",
+            remedy='leave it out and compute in bf16 with fp32 masters: compile(model, dtype="bfloat16"), or '
+            "mixed_precision=True in the one line; with HF Trainer, leave bf16 and fp16 out of TrainingArguments",
         )
     input_ids = given.get("input_ids")
     if input_ids is None:
@@ -63,13 +64,18 @@ def _positions(input_ids: Tensor) -> Tensor:
 class Fingerprint:
     """What the program took from the model when it was placed, to compare with what the model is at a later call."""
 
-    def __init__(self, model: nn.Module, parameters: Parameters) -> None:
-        self.parameters = parameters
+    def __init__(self, model: nn.Module, parameters: Parameters, *, draws: bool) -> None:
+        self.parameters, self.draws = parameters, draws
         self.trainable = {p.name: p.master.requires_grad for p in parameters.placed}
         self.num_hooks = _num_hooks(model)
+        self.adapters = _adapters(model)
 
     def check(self, model: nn.Module) -> None:
         """Raise ContractError for the first difference."""
+        if _adapters(model) != self.adapters:
+            raise _too_late(
+                "an adapter was switched, scaled or merged", remedy="set the adapters before the first training step"
+            )
         named = dict(model.named_parameters())
         placed = {p.name: p for p in self.parameters.placed}
         if named.keys() != placed.keys() or any(named[name] is not p.master for name, p in placed.items()):
@@ -78,14 +84,14 @@ class Fingerprint:
         for name, p in placed.items():
             if p.master.requires_grad != self.trainable[name]:
                 raise _too_late(f"requires_grad of {name} changed to {p.master.requires_grad}")
-            if p.leaf is not None and local(p.leaf).data_ptr() != p.master.data_ptr():
+            if p.leaf is not None and not p.is_copied and local(p.leaf).data_ptr() != p.master.data_ptr():
                 raise _too_late(
                     f"{name}.data was rebound", remedy="write into it: p.data.copy_(...) or p.data.mul_(...)"
                 )
         if _num_hooks(model) != self.num_hooks:
             raise _too_late("a forward hook was added or removed")
         for name, module in model.named_modules():
-            if module.training != model.training:
+            if self.draws and module.training != model.training:
                 raise ContractError(
                     f"{name} is in {'training' if module.training else 'eval'} mode and the model is not",
                     why="train() and eval() switch the whole emitted program",
@@ -95,6 +101,19 @@ class Fingerprint:
 
 def _num_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What peft's layers read in their forward beside tensors; capture has made constants of it."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return [
+        (bool(layer.disable_adapters), *layer.active_adapters, *layer.merged_adapters, *_scales(layer))
+        for layer in layers
+    ]
+
+
+def _scales(layer: Any) -> list[tuple[str, float]]:
+    return sorted(getattr(layer, "scaling", {}).items())
 
 
 def _too_late(what: str, *, remedy: str = "change the model before its first training step") -> ContractError:

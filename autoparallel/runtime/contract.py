@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -40,7 +40,8 @@ def _mend_torch() -> None:
     for place in (clip_grad, torch.nn.utils):
         setattr(place, "get_total_norm", public)  # noqa: B010 torch's stubs lack the name
     torch.optim.Optimizer.state_dict = _whole_state(torch.optim.Optimizer.state_dict)  # type: ignore[method-assign]
-    DistributedDataParallel.__init__ = _never_ours(DistributedDataParallel.__init__)  # type: ignore[method-assign]
+    for wrapper in (DistributedDataParallel, DataParallel):
+        wrapper.__init__ = _never_ours(wrapper.__init__)  # type: ignore[method-assign]
     GradScaler._unscale_grads_ = _agreed_overflow(GradScaler._unscale_grads_)  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(_check_optimizer)
     register_optimizer_step_pre_hook(_hide_what_is_not_held)
@@ -202,11 +203,11 @@ def _fit_state(optimizer: torch.optim.Optimizer, ours: dict[int, tuple[Parameter
 def _never_ours(original: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def init(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if hasattr(module, "_parallel"):
+        if any(hasattr(part, "_parallel") for part in module.modules()):
             raise ContractError(
-                "DistributedDataParallel around a compiled model",
-                why="the model is parallel already; HF Trainer and Accelerate see the ranks and add their own on top",
-                remedy="write the training loop, or leave the wrapper out",
+                f"{type(self).__name__} around a compiled model",
+                why="the model is parallel already",
+                remedy="leave the wrapper out; what wraps by itself must be set up after the one line",
             )
         original(self, module, *args, **kwargs)
 

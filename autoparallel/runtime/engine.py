@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor, nn
 
 from autoparallel.capture.program import Program
 from autoparallel.emit.deferred import defer_weight_gradients
-from autoparallel.emit.randomness import draws
+from autoparallel.emit.randomness import draws_randomly
 from autoparallel.emit.stage import Member, emit_stage, inputs_read, state_tensors
 from autoparallel.errors import ContractError, PlanMismatchError
 from autoparallel.ir.graph import TensorSpec
@@ -22,16 +23,19 @@ from autoparallel.runtime.batch import Batch
 from autoparallel.runtime.checks import Fingerprint
 from autoparallel.runtime.contract import watch
 from autoparallel.runtime.mesh import Mesh
-from autoparallel.runtime.parameters import make_leaves, place, shard
+from autoparallel.runtime.parameters import make_leaves, shard
 from autoparallel.runtime.pipeline import LocalStage, Pipeline, summed
+from autoparallel.runtime.placement import place
 from autoparallel.schedule.actions import splits_backward
-from autoparallel.tensor_parallel.splits import TensorParallel
+from autoparallel.tensor_parallel.splits import SplitGraph
 
 
 class Engine:
     """The emitted program of one rank."""
 
-    def __init__(self, model: nn.Module, program: Program, plan: Plan, *, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, program: Program, plan: Plan, *, device: torch.device, torch_compile: bool = False
+    ) -> None:
         plan.check_matches(fingerprint=program.graph.fingerprint, num_devices=dist.get_world_size())
         strategy = plan.strategy
         assert strategy.stages is not None
@@ -42,37 +46,47 @@ class Engine:
             tensor_parallel=strategy.tensor_parallel,
             device_type=device.type,
         )
-        self.split = TensorParallel.of_strategy(strategy)
+        self.split = SplitGraph.of_strategy(program.graph, strategy)
         stage_of_segment = [
             index % strategy.num_stages
             for index, s in enumerate(strategy.stages)
             for _ in range(s.first_segment, s.last_segment + 1)
         ]
-        sharded = strategy.distribute_param > 0
-        splits = self.split.parameters(program.graph)
-        self.parameters = place(model, program.graph.parameters, stage_of_segment, splits, self.mesh, sharded=sharded)
+        self.parameters = place(
+            model,
+            program.graph.parameters,
+            stage_of_segment,
+            self.split.parameters(),
+            self.mesh,
+            plan.precision,
+            sharded=strategy.distribute_param > 0,
+            device=device,
+        )
         self.logits_spec, loss_spec = _output_specs(program)
-        self.vocabulary = self.split.logits(program.graph)
-        self.stages = self._emit(program, state_tensors(model, program), loss_spec)
+        self.vocabulary = self.split.logits()
+        self.stages = self._emit(program, state_tensors(model, program), loss_spec, torch_compile=torch_compile)
         self.pipeline = Pipeline(self.stages, strategy, self.mesh, device=device, reduction=self.parameters.reduction)
         self._inputs = {name for stage in self.stages for name in inputs_read(stage.module)}
         self.loss_dtype = getattr(torch, loss_spec.dtype)
-        self._draws = any(draws(stage.module) for stage in self.stages)
-        self._random_state: dict[str, Tensor] = {}
-        self._random_seed: int | None = None
+        self.draws = draws_randomly(program.graph)
+        self.training = True
         watch(self.parameters)
-        self.fingerprint = Fingerprint(model, self.parameters)
+        self.fingerprint = Fingerprint(model, self.parameters, draws=self.draws)
         self._gathers = False
+        self.lent: dict[str, Tensor] = {}
+        """This rank's pieces by parameter, while a state dict is being loaded into whole tensors."""
         for part in model.modules():
             if part is not model:
                 part.register_state_dict_post_hook(lambda module, *state: self._refuse_part(module))
 
-    def _emit(self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec) -> list[LocalStage]:
+    def _emit(
+        self, program: Program, constants: Mapping[str, Tensor], loss_spec: TensorSpec, *, torch_compile: bool
+    ) -> list[LocalStage]:
         """The stages of this pipeline rank, first to last, their parameters placed and sharded."""
         graph, strategy = program.graph, self.strategy
         plans = strategy.stages_of(self.mesh.stage)
         segments = [segment for plan in plans for segment in range(plan.first_segment, plan.last_segment + 1)]
-        leaves = make_leaves(self.parameters, self.split.shared_parameters(graph, segments))
+        leaves = make_leaves(self.parameters, self.split.shared_parameters(segments))
         member = Member(self.split, self.mesh.tensor_index, self.mesh.tensor_group.group_name)
         stages = []
         for index, plan in zip(range(self.mesh.stage, strategy.total_stages, strategy.num_stages), plans, strict=True):
@@ -81,12 +95,20 @@ class Engine:
             )
             if splits_backward(strategy.schedule, strategy.num_stages):
                 defer_weight_gradients(module)
+                if torch_compile:
+                    logger.warning(
+                        "Not compiled: a backward in two halves; constrain schedule to another one than zero_bubble."
+                    )
+            elif torch_compile:
+                for block in module.children():
+                    block.compile()
             is_last = plan.last_segment == graph.num_segments - 1
             if strategy.distribute_param > 0:
+                backward = {f"segment_{s}" for s in segments if graph.runs_backward(s)}
                 level, keeps_last = strategy.distribute_param, is_last and strategy.keeps_head
-                shard(module, self.parameters, distribute_param=level, keeps_last=keeps_last)
-            entering = self.split.entering(graph, plan.first_segment)
-            leaving = (loss_spec,) if is_last else self.split.entering(graph, plan.last_segment + 1)
+                shard(module, self.parameters, distribute_param=level, backward=backward, keeps_last=keeps_last)
+            entering = self.split.entering(plan.first_segment)
+            leaving = (loss_spec,) if is_last else self.split.entering(plan.last_segment + 1)
             stages.append(LocalStage(index, module, entering, leaving))
         return stages
 
@@ -96,7 +118,7 @@ class Engine:
         """
         batch = self._filled(batch)
         self.parameters.begin_step()
-        with torch.enable_grad(), self._own_random_stream(batch.seed):
+        with torch.enable_grad(), self._own_random_stream():
             loss = self.pipeline.train(self._micro_batches(batch), seq_len=batch.seq_len)
         with torch.no_grad():
             self.parameters.reduce_gradients()
@@ -107,7 +129,8 @@ class Engine:
         """(loss, logits [rows, seq, vocabulary]) of the whole batch on every rank."""
         rows, seq_len = batch.rows, batch.seq_len
         batch = self._filled(batch)
-        with self._own_random_stream(batch.seed):
+        self.parameters.refresh_copies()
+        with self._own_random_stream():
             mine = self.pipeline.forward(self._micro_batches(batch), seq_len=batch.seq_len)
         loss = self._sum_over_ranks(summed([r[0] for r in mine]))
         return loss, self._gather_logits([r[1] for r in mine], batch)[:rows, :seq_len]
@@ -158,26 +181,20 @@ class Engine:
         return whole
 
     @contextmanager
-    def _own_random_stream(self, seed: int) -> Iterator[None]:
-        """Dropout draws from a stream of this rank's stage and replica (which sees other rows), derived from the user's
-        seed; the user's own stream, which orders the data, is left where it was. Tensor-parallel ranks share it.
+    def _own_random_stream(self) -> Iterator[None]:
+        """Dropout draws from a stream of this rank's stage and replica (which sees other rows); tensor-parallel ranks
+        share it. It starts anew at each step from a number that rank 0 takes out of the user's stream: who seeds,
+        saves or restores that one has the dropout of the run too. A model without dropout leaves it where it was.
         """
-        if not self._draws:
+        if not (self.draws and self.training):
             yield
             return
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            if self._random_seed != seed:
-                self._random_seed = seed
-                torch.manual_seed((seed + 0x9E3779B9 * (1 + dist.get_rank() // self.mesh.tensor_parallel)) % (1 << 62))
-            else:
-                torch.set_rng_state(self._random_state["cpu"])
-                if devices:
-                    torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
+        seed = torch.randint(1 << 62, (), device="cpu")
+        dist.broadcast(seed, src=0)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            apart = 0x9E3779B9 * (1 + dist.get_rank() // self.mesh.tensor_parallel)
+            torch.manual_seed((int(seed) + apart) % (1 << 62))
             yield
-            self._random_state["cpu"] = torch.get_rng_state()
-            if devices:
-                self._random_state["cuda"] = torch.cuda.get_rng_state(self.device)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -197,6 +214,7 @@ class Engine:
             )
 
     def train_mode(self, training: bool) -> None:
+        self.training = training
         for stage in self.stages:
             stage.module.train(training)
 

@@ -31,8 +31,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from autoparallel.errors import AutoParallelError, LaunchError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
-from autoparallel.runtime.launcher import LAUNCHER_PID, OUTPUT_SOCKET
-from autoparallel.runtime.uncaught import install_error_hook
+from autoparallel.runtime.launcher import LAUNCHER_PID, OURS, OUTPUT_SOCKET, RANK_VARIABLES
+from autoparallel.runtime.uncaught import exit_code, install_error_hook
+
+MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What srun and mpirun set beside, and accelerate counts processes by."""
 
 ARRIVAL_S = {"cpu": 60, "gpu": 600}
 """How long ranks may be apart when they reach the call; loading weights is what keeps GPU ranks."""
@@ -46,10 +49,11 @@ class RankMissingError(LaunchError):
 
 def ensure_launched(flavor: Flavor) -> None:
     """Return in each of the `flavor.num_devices` ranks with torch.distributed initialised; start them if nobody has."""
-    install_error_hook(_leave)
+    install_error_hook()
     if dist.is_initialized():
         if dist.get_world_size() != flavor.num_devices:
             raise _world_size_error(flavor, dist.get_world_size())
+        _hide_ranks()
         return
     environment = _rank_environment()
     if environment:
@@ -61,7 +65,8 @@ def ensure_launched(flavor: Flavor) -> None:
         dist.init_process_group(_backend(flavor), store=store, rank=0, world_size=1)
     else:
         _relaunch(flavor)
-    install_error_hook(_leave)  # over torch's, which init_process_group has just put on top
+    _hide_ranks()
+    install_error_hook()  # over torch's, which init_process_group has just put on top
     atexit.register(_leave)
 
 
@@ -89,8 +94,10 @@ def distributed_timeout() -> timedelta:
 
 
 def _rank_environment() -> dict[str, str]:
-    """RANK and its companions as torchrun sets them, else from Slurm, else nothing."""
+    """RANK and its companions from our launcher or as torchrun sets them, else from Slurm, else nothing."""
     environ = os.environ
+    if OURS + "RANK" in environ:
+        return {name: environ[OURS + name] for name in RANK_VARIABLES}
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return {"LOCAL_RANK": environ.get("LOCAL_RANK", environ["RANK"])}
     nodes = environ.get("SLURM_STEP_NODELIST", "")
@@ -111,6 +118,15 @@ def _rank_environment() -> dict[str, str]:
     }
 
 
+def _hide_ranks() -> None:
+    """The script is that of one process: a library that finds rank variables would shard the data, wrap the model once
+    more, or take another device. torch itself has read them; `torch.distributed` goes on telling who asks it.
+    """
+    for name in (*RANK_VARIABLES, *MPI_VARIABLES):
+        os.environ.pop(name, None)
+        os.environ.pop(OURS + name, None)
+
+
 def _join(flavor: Flavor) -> None:
     """Meet the other ranks, agree that their number is right, and initialise torch.distributed."""
     _take_output()
@@ -128,7 +144,14 @@ def _join(flavor: Flavor) -> None:
 
 
 def _leave() -> None:
-    """At a regular exit: a group that is never destroyed may abort the process while its threads are torn down."""
+    """The exit handler. A group that is never destroyed may abort the process while its threads are torn down; after an
+    error nothing is torn down, since collectives may never end.
+    """
+    code = exit_code()
+    if code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LAUNCHER_PID, OUTPUT_SOCKET = "AUTOPARALLEL_LAUNCHER_PID", "AUTOPARALLEL_OUTPUT_SOCKET"
+OURS = "AUTOPARALLEL_"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What libraries take for the sign of a distributed run. A rank gets them under names of ours: its script is that of
+one process, before the line and after it.
+"""
+START_RANK = f"""
+import os, sys
+for name in {RANK_VARIABLES}:
+    os.environ["{OURS}" + name] = os.environ.pop(name)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 TAIL_LINES = 40
 
 
@@ -44,7 +55,7 @@ def run_ranks() -> NoReturn:
     )
     exit_code, is_failed = 0, False
     try:
-        elastic_launch(config, sys.executable)("-u", *arguments)
+        elastic_launch(config, sys.executable)("-ISc", START_RANK, "-u", *arguments)
     except ChildFailedError as error:
         is_failed, index = True, _root_cause(error.failures)
         code = _ending(error.failures[index])

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from loguru import logger
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from autoparallel.emit.stage import readable
-from autoparallel.errors import ContractError, WorkerError
+from autoparallel.errors import ContractError
 from autoparallel.plans.plan import Plan
+from autoparallel.runtime import saving
 from autoparallel.runtime.batch import Batch, BatchExchange
 from autoparallel.runtime.checks import bind, check_inputs
 from autoparallel.runtime.engine import Engine
@@ -94,12 +96,24 @@ class ParallelModule:
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the whole model, as on one device, though a rank holds only its pieces."""
+        assert isinstance(self, nn.Module)
         engine = self._parallel.engine
-        if engine is None or exclude_embeddings:
-            if engine is not None:
-                raise ContractError("num_parameters(exclude_embeddings=True) after placement", remedy="count before")
+        if engine is None:
             return int(super().num_parameters(only_trainable, exclude_embeddings))  # type: ignore[misc]
-        return sum(p.shape.numel() for p in engine.parameters.placed if p.master.requires_grad or not only_trainable)
+        tables = {f"{name}.weight" for name, part in self.named_modules() if isinstance(part, nn.Embedding)}
+        counted = [p for p in engine.parameters.placed if p.master.requires_grad or not only_trainable]
+        return sum(p.shape.numel() for p in counted if not (exclude_embeddings and p.name in tables))
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The plan recomputes where memory needs it; a second decision inside its blocks would only cost time."""
+        logger.info("Activation checkpointing is left to the plan, which chooses recomputation for each block.")
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a first step has been made, after which this rank holds its pieces."""
+        return self._parallel.engine is not None
 
     @property
     def parallel_plan(self) -> Plan:
@@ -138,46 +152,24 @@ class ParallelModule:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
         with engine.gathering():
             state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        _fill_in(self, state, engine, prefix=kwargs.get("prefix", args[1] if len(args) > 1 else ""), keep=True)
+        _fill_in(self, state, engine, prefix=kwargs.get("prefix", args[1] if len(args) > 1 else ""))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a whole model's state; each rank takes its pieces."""
-        engine = self._parallel.engine
-        if engine is None:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
-        with _whole_shapes(engine):
-            result = super().load_state_dict(state_dict, strict=strict)  # type: ignore[misc]
-            loaded = {p.name: p.master.data for p in engine.parameters.placed}
-        for p in engine.parameters.placed:
-            if p.name in state_dict or strict:
-                engine.parameters.load(p, loaded[p.name])
-        return result
+        assign = assign and not self.is_placed  # the optimizer's parameters are the model's
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write a plain HF directory: rank 0 gathers and writes, everyone waits for it."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write a plain HF directory (collective): rank 0 gathers and writes one tensor at a time."""
         assert isinstance(self, nn.Module)
-        engine = self._parallel.engine
-        state = kwargs.pop("state_dict", None)
-        if state is None and engine is None:
-            state = super().state_dict()  # type: ignore[misc]
-        elif state is None and engine is not None:
-            with engine.gathering():
-                state = super().state_dict()  # type: ignore[misc]
-            _fill_in(self, state, engine, prefix="", keep=dist.get_rank() == 0)
-        failure = [""]
-        if dist.get_rank() == 0:
-            try:
-                super().save_pretrained(save_directory, state_dict=state, **kwargs)  # type: ignore[misc]
-            except Exception as error:
-                failure = [f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0]:
-            raise WorkerError(
-                f"rank 0 could not save to {save_directory}",
-                why=failure[0],
-                remedy="free space or choose another folder",
-            )
+        engine, state = self._parallel.engine, kwargs.pop("state_dict", None)
+        parameters = engine.parameters if engine is not None and state is None else None
+        if state is None:
+            with engine.gathering() if engine is not None else nullcontext():
+                names = super().state_dict(keep_vars=True)  # type: ignore[misc]
+            state = saving.deferred_state(self, names, parameters)
+        saving.save(super().save_pretrained, save_directory, state, parameters, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.cuda()` and `.to()` place parameters freely until the plan does; afterwards only a no-op is allowed."""
@@ -219,11 +211,27 @@ def parallelize(model: nn.Module, start: EngineFactory, *, device: torch.device)
     the name).
     """
     cls = type(model)
+
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """With the signature of the user's own, which libraries read."""
+        return ParallelModule.forward(self, *args, **kwargs)
+
     model.__dict__["_parallel"] = _State(start, device)
     model.__class__ = type(
-        cls.__name__, (ParallelModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        cls.__name__,
+        (ParallelModule, cls),
+        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward},
     )
+    model.register_load_state_dict_pre_hook(_lend_whole)
+    model.register_load_state_dict_post_hook(_take_pieces)
     return model
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The transformer that a peft model wraps, or the model itself."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return base
 
 
 def training_loss(engine: Engine, batch: Batch) -> Tensor:
@@ -281,10 +289,8 @@ def _runs(store: Any) -> bool:
         return False
 
 
-def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str, keep: bool) -> None:
-    """Replace this rank's pieces in a state dict by whole tensors; where `keep` is False they are gathered and
-    dropped.
-    """
+def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: str) -> None:
+    """Replace this rank's pieces in a state dict by whole tensors."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(prefix + name)
@@ -292,17 +298,24 @@ def _fill_in(model: Any, state: dict[str, Tensor], engine: Engine, *, prefix: st
         whole = engine.parameters.full(p)
         for name in names[id(p.master)]:
             if name in state:
-                state[name] = whole if keep else whole.new_empty(0)
+                state[name] = whole
 
 
-@contextmanager
-def _whole_shapes(engine: Engine) -> Any:
-    """Lend every master a whole tensor, so that torch's own loading checks names and shapes."""
-    pieces = {p.name: p.master.data for p in engine.parameters.placed}
-    try:
+def _lend_whole(model: Any, *state: Any) -> None:
+    """Before a state dict is loaded into the model, or into a module around it: every master gets a whole tensor, so
+    that torch's own loading checks names and shapes.
+    """
+    engine = model._parallel.engine
+    if engine is not None:
+        engine.lent = {p.name: p.master.data for p in engine.parameters.placed}
         for p in engine.parameters.placed:
             p.master.data = engine.parameters.full(p).clone()
-        yield
-    finally:
+
+
+def _take_pieces(model: Any, *keys: Any) -> None:
+    """After it is loaded: each rank keeps its pieces of what was loaded."""
+    engine = model._parallel.engine
+    if engine is not None:
         for p in engine.parameters.placed:
-            p.master.data = pieces[p.name]
+            whole, p.master.data = p.master.data, engine.lent.pop(p.name)
+            engine.parameters.load(p, whole)

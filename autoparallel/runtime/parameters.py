@@ -1,6 +1,7 @@
 """Parameters in two roles. *Masters* are the user's own Parameter objects: their identity never changes, so an
 optimizer made before or after the plan steps them; a rank holds only its piece of each (all, a shard, or nothing).
-*Leaves* are what the stage computes with; they share the masters' storage, so an optimizer step needs no copy.
+*Leaves* are what the stage computes with. They share the masters' storage, so an optimizer step needs no copy; where
+the program computes in another dtype they are copies, made once a step, and gradients are summed beside them in fp32.
 
 torch's fully_shard makes new parameters, which would leave an early optimizer stepping stale ones; here it may do so
 with the leaves.
@@ -9,20 +10,22 @@ with the leaves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoparallel.cost.traffic import buckets
 from autoparallel.emit.recompute import Recomputed
-from autoparallel.emit.stage import taken
-from autoparallel.ir.graph import Parameter
+from autoparallel.ir.precision import Precision
+from autoparallel.runtime.deferred import Held, put, take
 from autoparallel.runtime.mesh import Mesh
 from autoparallel.runtime.reduction import Reduction
 from autoparallel.tensor_parallel.layout import ParameterSplit
@@ -46,20 +49,51 @@ class Placed:
     """Whole on every rank of the tensor-parallel group, while each has an addend of its gradient."""
     hidden: bool = False
     """While an optimizer steps: whether the gradient of what this rank does not hold is taken away."""
+    total: Tensor | None = None
+    """This rank's gradient, in the dtype of sums; while a step runs, only where that is not the leaf's own dtype."""
+    room: Tensor | None = None
+    """Where the gradient belongs while a step runs, in the dtype of sums: its part of a bucket."""
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the leaf has a storage of its own."""
+        return self.leaf is not None and self.leaf.dtype != self.master.dtype
 
     @cached_property
     def nothing(self) -> Tensor:
         """The gradient on a rank that holds nothing of the parameter."""
         return self.master.new_empty(self.master.shape)
 
-    def gradient(self) -> Tensor:
-        """This rank's piece of the gradient, taken from the leaf; zeros where the leaf got none."""
-        if self.leaf is None:
-            return self.nothing
-        grad, self.leaf.grad = self.leaf.grad, None
+    def add(self, leaf: Tensor) -> None:
+        """Move what one micro-batch left in the leaf to the sum; nothing, where its gradient is made later."""
+        grad, leaf.grad = leaf.grad, None
         if grad is None:
-            return torch.zeros_like(self.master)
-        return local(grad)
+            return
+        if self.total is not None:
+            self.total.add_(grad)
+        else:
+            self.total = grad.to(torch.float32) if self.room is None else self.room.copy_(grad)
+
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        """The step's gradient, taken from the leaf; zeros where the leaf got none."""
+        assert self.leaf is not None
+        if self.total is None:
+            grad, self.leaf.grad = self.leaf.grad, None
+            piece = torch.zeros_like(self.master) if grad is None else local(grad)
+            self.total = piece.to(dtype)
+        return self.total
+
+    def settle(self, dtype: torch.dtype) -> Tensor:
+        """`collect`, in its room where there is one."""
+        total = self.collect(dtype)
+        if self.room is not None and total is not self.room:
+            total = self.total = self.room.copy_(total)
+        return total
+
+    def gradient(self) -> Tensor:
+        """This rank's piece of the gradient, as the optimizer takes it."""
+        total, self.total, self.room = self.total, None, None
+        return self.nothing if total is None else total.to(self.master.dtype)
 
 
 @dataclass(eq=False)
@@ -68,6 +102,7 @@ class Parameters:
 
     mesh: Mesh
     sharded: bool
+    precision: Precision
     placed: list[Placed]
     tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     reduction: Reduction | None = None
@@ -87,39 +122,47 @@ class Parameters:
         """The first rank that holds any of a parameter."""
         return self.mesh.rank_of(stage=min(placed.stages, default=0), data_index=0, tensor_index=0)
 
+    @torch.no_grad()
     def begin_step(self) -> None:
-        """Before the first micro-batch."""
+        """Forget the gradients of a step that nobody took, and read the masters."""
         for p in self.placed:
+            p.total = p.room = None
             if p.leaf is not None:
                 p.leaf.grad = None
         if self.reduction is not None:
             self.reduction.begin()
+        self.refresh_copies()
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """What the optimizer, or the user, wrote into the masters, into the copies that are computed with."""
+        copies = [(p.leaf, p.master) for p in self.placed if p.is_copied and p.leaf is not None]
+        if copies:
+            leaves, masters = zip(*copies, strict=True)
+            torch._foreach_copy_(leaves, masters)
 
     def reduce_gradients(self) -> None:
-        """Sum the leaves' gradients over replicas, then over the stages that share a tied parameter."""
-        mine = [p for p in self.trained() if p.leaf is not None]
-        for p in mine:
-            assert p.leaf is not None
-            if p.leaf.grad is None:
-                p.leaf.grad = torch.zeros_like(p.leaf)
+        """Sum the step's gradients over replicas, then over the stages that share a tied parameter."""
+        dtype = getattr(torch, self.precision.gradient_dtype)
         if self.reduction is not None:
             self.reduction.finish()
+        totals = {p.name: p.collect(dtype) for p in self.trained() if p.leaf is not None}
+        mine = [p for p in self.placed if p.name in totals]
         if self.mesh.tensor_parallel > 1:
-            self._sum_addends(mine)
+            self._sum_addends(mine, totals)
         for stages, group in self.tie_groups.items():
-            tied = [local(p.leaf.grad) for p in mine if p.stages == stages]  # type: ignore[union-attr,arg-type]
-            _all_reduce_coalesced(tied, group)
+            _all_reduce_coalesced([totals[p.name] for p in mine if p.stages == stages], group)
 
-    def _sum_addends(self, mine: list[Placed]) -> None:
+    def _sum_addends(self, mine: list[Placed], totals: dict[str, Tensor]) -> None:
         """Gradients of which every rank of the tensor-parallel group has an addend, in one bucket: those of parameters
         that only sharded work reads, and the unsharded segments of fused projections.
         """
-        addends = [local(p.leaf.grad) for p in mine if p.shared]  # type: ignore[union-attr,arg-type]
-        masks = {p.name: mask for p in mine if (mask := self._held_by_all(p)) is not None}
-        parts = [local(p.leaf.grad)[masks[p.name]] for p in mine if p.name in masks]  # type: ignore[union-attr,arg-type]
-        _all_reduce_coalesced(addends + parts, self.mesh.tensor_group)
-        for p, part in zip((p for p in mine if p.name in masks), parts, strict=True):
-            local(p.leaf.grad)[masks[p.name]] = part  # type: ignore[union-attr,arg-type]
+        parts = {p.name: part for p in mine if (part := self._held_by_all(p)) is not None}
+        addends = [totals[p.name] for p in mine if p.shared]
+        whole = [totals[name].index_select(*part) for name, part in parts.items()]
+        _all_reduce_coalesced([*addends, *whole], self.mesh.tensor_group)
+        for (name, part), summed in zip(parts.items(), whole, strict=True):
+            totals[name].index_copy_(*part, summed)
 
     def counted(self, placed: Placed, piece: Tensor) -> Tensor | None:
         """What of this rank's piece adds to global sums: each element of the model on one rank only, so that replicas
@@ -130,21 +173,28 @@ class Parameters:
             return None
         if self.mesh.tensor_index == 0:
             return piece
-        mask = self._held_by_all(placed)
-        return (piece if mask is None else piece[~mask]) if placed.split.is_sharded else None
-
-    def _held_by_all(self, placed: Placed) -> Tensor | None:
-        """Mask of the elements of this rank's piece that the whole tensor-parallel group holds, though others are
-        sharded; None where there are none.
-        """
-        rank, split = self.mesh.tensor_index, placed.split
-        if split is None or not split.is_mixed:
+        if not placed.split.is_sharded:
             return None
-        mask = torch.zeros(split.local_shape(rank), dtype=torch.bool, device=placed.master.device)
-        for dim, indices in enumerate(split.held_by_all(rank)):
-            if indices is not None:
-                mask.index_fill_(dim, torch.from_numpy(indices).to(mask.device), True)
-        return distribute(mask, placed.leaf) if isinstance(placed.leaf, DTensor) else mask
+        part = self._held_by_all(placed)
+        if part is None:
+            return piece
+        dim, indices = part
+        others = torch.ones(piece.shape[dim], dtype=torch.bool, device=piece.device).index_fill_(0, indices, False)
+        return piece.index_select(dim, others.nonzero().squeeze(1))
+
+    def _held_by_all(self, placed: Placed) -> tuple[int, Tensor] | None:
+        """The dim, and the indices of this rank's piece along it, that the whole tensor-parallel group holds though
+        others are sharded; None where there are none.
+        """
+        split, leaf = placed.split, placed.leaf
+        found = split.held_by_all(self.mesh.tensor_index) if split is not None else None
+        if found is None:
+            return None
+        dim, held = found
+        if dim == 0 and isinstance(leaf, DTensor):
+            start = self.mesh.data_index * -(-leaf.shape[0] // self.mesh.data_parallel)
+            held = held[(held >= start) & (held < start + len(placed.master))] - start
+        return dim, torch.from_numpy(held).to(placed.master.device)
 
     def full(self, placed: Placed) -> Tensor:
         """The whole parameter on every rank (collective)."""
@@ -163,8 +213,23 @@ class Parameters:
         """This rank's piece of a tensor laid out as the whole parameter."""
         if placed.leaf is None:
             return whole.new_empty(placed.master.shape) if placed.stages else whole
-        part = taken(whole, placed.split, self.mesh.tensor_index)
-        return distribute(part, placed.leaf) if isinstance(placed.leaf, DTensor) else part
+        return take(whole, self.held(placed))
+
+    def holds(self, placed: Placed) -> bool:
+        """Whether this rank's stage has a part of the parameter; every rank has what the loss does not depend on."""
+        return not placed.stages or self.mesh.stage in placed.stages
+
+    def held(self, placed: Placed, *, data_index: int | None = None, tensor_index: int | None = None) -> Held:
+        """By dim, the indices of the parameter that a rank of an owning stage holds; this rank's own by default."""
+        tensor_index = self.mesh.tensor_index if tensor_index is None else tensor_index
+        data_index = self.mesh.data_index if data_index is None else data_index
+        whole: list[NDArray[np.int64] | None] = [None] * len(placed.shape)
+        indices = whole if placed.split is None else placed.split.indices(tensor_index)
+        if self.sharded and placed.stages:
+            rows = np.arange(placed.shape[0]) if indices[0] is None else indices[0]
+            length = -(-len(rows) // self.mesh.data_parallel)  # as fully_shard chunks: evenly, the last ones shorter
+            indices[0] = rows[data_index * length : (data_index + 1) * length]
+        return tuple(indices)
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
         """The whole of what this rank holds `piece` of: gathered over the first owning stage, then sent to everyone."""
@@ -178,22 +243,13 @@ class Parameters:
             owner = self.mesh.rank_of(stage=placed.stages[0], data_index=0, tensor_index=rank)
             received = part.contiguous() if dist.get_rank() == owner else part.new_empty(split.local_shape(rank))
             dist.broadcast(received, src=owner)
-            put(whole, received, split, rank)
+            put(whole, received, tuple(split.indices(rank)))
         return whole
 
     def load(self, placed: Placed, value: Tensor) -> None:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
-
-
-def put(whole: Tensor, part: Tensor, split: ParameterSplit, rank: int) -> None:
-    """Write what a rank holds into the whole parameter; at most one dim is divided."""
-    divided = [(dim, indices) for dim, indices in enumerate(split.indices(rank)) if indices is not None]
-    if not divided:
-        whole.copy_(part)
-    for dim, indices in divided:
-        whole.index_copy_(dim, torch.from_numpy(indices).to(whole.device), part)
 
 
 def distribute(value: Tensor, like: DTensor) -> Tensor:
@@ -220,32 +276,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def place(
-    model: nn.Module,
-    table: tuple[Parameter, ...],
-    stage_of_segment: list[int],
-    splits: dict[str, ParameterSplit],
-    mesh: Mesh,
-    *,
-    sharded: bool,
-) -> Parameters:
-    """Decide what this rank keeps of each parameter. Rank 0's values are everyone's, as under DDP, since an unseeded
-    init differs.
-    """
-    by_name = {p.name: p for p in table}
-    placed = []
-    for name, master in model.named_parameters():
-        dist.broadcast(master.data, src=0)
-        stages = tuple(sorted({stage_of_segment[s] for s in by_name[name].segments}))
-        placed.append(Placed(name, master, master.shape, stages, splits.get(name)))
-    for _, buffer in model.named_buffers():
-        dist.broadcast(buffer, src=0)
-    ties = [p.stages for p in placed if len(p.stages) > 1]
-    return Parameters(mesh, sharded, placed, mesh.stage_groups(ties))
-
-
 def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.Parameter]:
-    """Leaves of this rank's stage by name, sharing the masters' storage; the masters of other stages give up theirs.
+    """Leaves of this rank's stage by name.
 
     `shared` are those of which each tensor-parallel rank gets an addend of the gradient.
     """
@@ -253,37 +285,58 @@ def make_leaves(parameters: Parameters, shared: frozenset[str]) -> dict[str, nn.
     for p in parameters.placed:
         p.shared = p.name in shared
         if parameters.mesh.stage in p.stages:
-            if p.split is not None and p.split.is_sharded:
-                p.master.data = taken(p.master.data, p.split, parameters.mesh.tensor_index).contiguous()
-                p.master.grad = None
-            p.leaf = leaves[p.name] = nn.Parameter(p.master.data, requires_grad=p.master.requires_grad)
-        elif p.stages:
-            p.master.data = p.master.data.new_empty((0, *p.shape[1:]))
-            p.master.grad = None
+            p.leaf = leaves[p.name] = _leaf(p, parameters)
     if parameters.mesh.data_parallel > 1 and not parameters.sharded:
-        trained = [p.leaf for p in parameters.trained() if p.leaf is not None]
-        # Backward makes them about last to first.
-        parameters.reduction = Reduction(trained[::-1], parameters.mesh.data_group)
+        mine = [p for p in parameters.trained() if p.leaf is not None]
+        # Backward makes gradients about last to first.
+        dtype = getattr(torch, parameters.precision.gradient_dtype)
+        parameters.reduction = Reduction(mine[::-1], parameters.mesh.data_group, dtype=dtype)
     return leaves
 
 
-def shard(stage: nn.Module, parameters: Parameters, *, distribute_param: int, keeps_last: bool) -> None:
+def _leaf(p: Placed, parameters: Parameters) -> nn.Parameter:
+    """fully_shard casts and sums by itself, and cuts; this rank holds no more than its shard, so what is cut is on
+    meta.
+    """
+    value, precision = p.master.data, parameters.precision
+    if parameters.sharded:
+        assert p.split is not None
+        shape = p.split.local_shape(parameters.mesh.tensor_index)
+        return nn.Parameter(torch.empty(shape, dtype=value.dtype, device="meta"), p.master.requires_grad)
+    if precision.separate_compute_copy:
+        value = value.to(getattr(torch, precision.compute_dtype))
+    leaf = nn.Parameter(value, requires_grad=p.master.requires_grad)
+    if value.dtype.itemsize < 4 and leaf.requires_grad:
+        leaf.register_post_accumulate_grad_hook(p.add)
+    return leaf
+
+
+def shard(
+    stage: nn.Module, parameters: Parameters, *, distribute_param: int, backward: Container[str], keeps_last: bool
+) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
     shards.
 
-    Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only. With
-    `keeps_last` the last segment's group stays gathered until its backward.
+    Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
+    `backward` names the segments that gradients pass through. With `keeps_last` the last segment's group stays gathered
+    until its backward.
     """
-    mesh = parameters.mesh.device_mesh["dp_shard"]
+    mesh, precision = parameters.mesh.device_mesh["dp_shard"], parameters.precision
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, precision.compute_dtype),
+        reduce_dtype=getattr(torch, precision.gradient_dtype),
+        cast_forward_inputs=False,
+    )
     give_back = distribute_param == 3
-    children = [child for child in stage.children() if any(True for _ in child.parameters())]
-    holders = Counter(id(leaf) for child in children for leaf in child.parameters())
-    alone = [child for child in children if all(holders[id(leaf)] == 1 for leaf in child.parameters())]
-    last = children[-1] if children[-1] in alone else stage
-    for part in (*alone, stage):
-        fully_shard(part, mesh=mesh, reshard_after_forward=give_back and not (keeps_last and part is last))
+    children = [(name, child) for name, child in stage.named_children() if any(True for _ in child.parameters())]
+    holders = Counter(id(leaf) for _, child in children for leaf in child.parameters())
+    alone = {name: child for name, child in children if all(holders[id(leaf)] == 1 for leaf in child.parameters())}
+    last = alone.get(children[-1][0], stage)
+    for part in (*alone.values(), stage):
+        stays = keeps_last and part is last
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=give_back and not stays)
     assert isinstance(stage, FSDPModule)
-    _prefetch_in_order(stage, [child for child in children if isinstance(child, FSDPModule)])
+    _prefetch_in_order(stage, [block for name, block in alone.items() if name in backward])  # type: ignore[misc]
     # Gradients are sums over the whole batch already, so nothing may be averaged. gloo has no averaging reduction at
     # all.
     for module in stage.modules():
@@ -304,14 +357,21 @@ def _prefetch_in_order(stage: FSDPModule, blocks: list[FSDPModule]) -> None:
 
 
 def _adopt_shards(stage: nn.Module, parameters: Parameters) -> None:
+    """Give the sharded leaves their values, and the masters the leaves' memory (which may be padded)."""
     by_name = {_plain_name(name): leaf for name, leaf in stage.named_parameters()}
-    for p in parameters.placed:
-        if p.leaf is not None and p.name in by_name:
-            leaf = by_name[p.name]
-            assert isinstance(leaf, DTensor)
-            p.leaf = leaf
-            p.master.data = leaf.to_local().detach()
-            p.master.grad = None
+    mine = [p for p in parameters.placed if p.leaf is not None and p.name in by_name]
+    pieces = {id(by_name[p.name]): p.master.data for p in mine}
+
+    def filled(tensor: Tensor) -> Tensor:
+        piece = pieces.pop(id(tensor), None)
+        return tensor if piece is None else like(piece, tensor)  # type: ignore[arg-type]
+
+    stage._apply(filled)  # fully_shard takes over what it finds after it
+    for p in mine:
+        leaf = by_name[p.name]
+        assert isinstance(leaf, DTensor)
+        p.leaf = leaf
+        p.master.data = leaf.to_local().detach()
 
 
 def _plain_name(name: str) -> str:

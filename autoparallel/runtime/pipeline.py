@@ -63,6 +63,15 @@ class Pipeline:
 
     def train(self, micro_batches: list[Inputs], *, seq_len: int) -> Tensor | None:
         """Forward and backward of all micro-batches; the summed loss where the last stage is, None elsewhere."""
+        loss = self._train(micro_batches, seq_len)
+        self._give_back()
+        return loss
+
+    def _give_back(self) -> None:
+        for sharding in self.sharding:
+            sharding.give_back()
+
+    def _train(self, micro_batches: list[Inputs], seq_len: int) -> Tensor | None:
         if self.mesh.num_stages == 1:
             return self._train_alone(micro_batches)
         losses = self._schedule(len(micro_batches), self.strategy.batch_per_device, seq_len).run(micro_batches)
@@ -95,6 +104,7 @@ class Pipeline:
         for send in sends:
             if send is not None:
                 send.wait()
+        self._give_back()
         return results
 
     def _receive(self, stage: LocalStage, seq_len: int) -> list[Tensor]:

@@ -54,16 +54,24 @@ class Sharding:
         `before_backward`.
         """
         self.before_backward(last=last)
-        reduces = isinstance(self.stage, FSDPModule) and (last or self.level >= 2)
+        sharded = isinstance(self.stage, FSDPModule)
         # A block's parts come after it among modules(), so that the reversed order ends with the block.
         for part in reversed(list(self.stage.modules())):
             if isinstance(part, DeferredContraction):
                 part.make_weight_gradient()
-            elif reduces and isinstance(part, FSDPModule):
+            elif sharded and isinstance(part, FSDPModule):
                 for group in part._get_fsdp_state()._fsdp_param_groups:
                     group.post_backward()
-        if reduces:
+        if sharded and (last or self.level >= 2):
             self.stage._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
+
+    def give_back(self) -> None:
+        """At the end of a step nothing stays gathered. torch gives back what has run backward only, and would compute
+        with old values where frozen parameters, or an evaluation, are followed by a change to the shards.
+        """
+        for part in self.stage.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def forget_weight_gradients(self) -> None:
         """Drop what a step that failed half way has left."""

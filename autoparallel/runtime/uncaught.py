@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -22,15 +21,23 @@ from autoparallel.errors import AutoParallelError
 ErrorHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
-def install_error_hook(leave: Callable[[], None]) -> None:
-    """Show uncaught errors of ours as messages. `leave` is an exit handler that an error must not wait for."""
+_shown: list[int] = []
+"""Exit codes of the errors that were shown."""
+
+
+def install_error_hook() -> None:
+    """Show uncaught errors of ours as messages."""
     if not (isinstance(sys.excepthook, functools.partial) and sys.excepthook.func is _show_error):
-        sys.excepthook = functools.partial(_show_error, sys.excepthook, leave)
+        sys.excepthook = functools.partial(_show_error, sys.excepthook)
+
+
+def exit_code() -> int | None:
+    """With which this process ends because of an uncaught error; None where there was none."""
+    return _shown[0] if _shown else None
 
 
 def _show_error(
     previous: ErrorHook,
-    leave: Callable[[], None],
     kind: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
@@ -39,7 +46,7 @@ def _show_error(
     message = ""
     if isinstance(error, AutoParallelError):
         message = f"{error}\n  at: {_users_line(trace)}"
-    atexit.unregister(leave)  # it would wait for collectives that may never end
+    _shown.append(error.exit_code if isinstance(error, AutoParallelError) else 1)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if path:
         _note_error(path, error, message=message)

@@ -325,10 +325,14 @@ class ParameterSplit:
     def local_shape(self, rank: int = 0) -> tuple[int, ...]:
         return tuple(self.sharding.local_size(dim, rank) for dim in self.layout)
 
-    def held_by_all(self, rank: int = 0) -> list[NDArray[np.int64] | None]:
-        """By dim, the local indices that every rank holds: the unsharded segments of a fused projection."""
-        mixed, everywhere = self.sharding.is_mixed, self.sharding.whole_everywhere
-        return [np.flatnonzero(everywhere(dim, rank)) if mixed(dim) else None for dim in self.layout]
+    def held_by_all(self, rank: int = 0) -> tuple[int, NDArray[np.int64]] | None:
+        """The divided dim and the local indices along it that every rank holds, the unsharded segments of a fused
+        projection; None where there are none.
+        """
+        for dim, layout in enumerate(self.layout):
+            if self.sharding.is_mixed(layout):
+                return dim, np.flatnonzero(self.sharding.whole_everywhere(layout, rank))
+        return None
 
     def holds_like(self, other: ParameterSplit) -> bool:
         """Whether both give the first rank the same part."""

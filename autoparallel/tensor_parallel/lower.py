@@ -14,81 +14,37 @@ value. Each is right for values and for gradients; `shared` parameters are summe
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from fractions import Fraction
-from math import prod
 
 from autoparallel.ir.dims import Dim as SymbolicDim
-from autoparallel.ir.dims import Shape, evaluate
-from autoparallel.ir.graph import DTYPE_BYTES, Argument, Graph, Op, Ref, SavedTensor, TensorSpec
-from autoparallel.ir.ops import ATTENTION, CONVERSIONS, VOCABULARY_CROSS_ENTROPY, VOCABULARY_EMBEDDING
-from autoparallel.tensor_parallel.analysis import BATCH, SEQ, Analysis, leaving
-from autoparallel.tensor_parallel.layout import Dim, Layout, ParameterSplit, Sharding, flat, leaves, size
-from autoparallel.tensor_parallel.rules import CROSS_ENTROPY, GETITEM, base_name, bounds
-
-ADD = "aten.add.Tensor"
-
-
-class Illegal(Exception):
-    """These atoms cannot be sharded together."""
-
-
-class Placement(Enum):
-    WHOLE = "whole"
-    SHARED = "shared"
-    SHARDED = "sharded"
-    SEQUENCE = "sequence"
-    PARTIAL = "partial"
-
-
-@dataclass(frozen=True)
-class Addend:
-    """An addition put off until the partial sum it waits for is reduced."""
-
-    op: Op
-    other: Value
-    other_index: int
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of the lowered program."""
-
-    spec: TensorSpec
-    """Local shape."""
-    layout: Layout
-    placement: Placement
-    owner: str
-    """The value whose storage it shares."""
-    pending: tuple[Addend, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-
-@dataclass(frozen=True)
-class LoweredSegment:
-    """One segment as one rank runs it."""
-
-    ops: tuple[Op, ...]
-    """With local shapes; conversions have targets of `ir.ops.CONVERSIONS`."""
-    results: dict[str, Value]
-    """What holds each tensor that later segments read, or the program returns."""
-    entering: tuple[TensorSpec, ...]
-    parameters: dict[str, Layout]
-    shared_parameters: frozenset[str]
-    """Whole on every rank, their gradients partial sums: to be summed over the group once a step."""
-    sharding: Sharding
-    replicated: frozenset[str]
-    """Ops that every rank runs on the same whole tensors."""
-    without_rule: frozenset[str]
-    """Targets of the ops that no rule fits."""
-
-    def split_of(self, parameter: str) -> ParameterSplit:
-        return ParameterSplit(self.parameters[parameter], self.sharding)
+from autoparallel.ir.dims import Shape
+from autoparallel.ir.graph import Argument, Graph, Op, Ref, SavedTensor, TensorSpec
+from autoparallel.ir.ops import CONVERSIONS, VOCABULARY_CROSS_ENTROPY, VOCABULARY_EMBEDDING
+from autoparallel.tensor_parallel.analysis import Analysis
+from autoparallel.tensor_parallel.edits import (
+    addition,
+    drawing_apart,
+    is_linear,
+    is_plain_addition,
+    keeps_last_dim,
+    scaling,
+    without,
+)
+from autoparallel.tensor_parallel.layout import Layout, Sharding, flat, leaves, size
+from autoparallel.tensor_parallel.local import LocalSizes, as_split_with_sizes
+from autoparallel.tensor_parallel.regions import Regions
+from autoparallel.tensor_parallel.rules import CROSS_ENTROPY, GETITEM, base_name
+from autoparallel.tensor_parallel.values import (
+    Addend,
+    Illegal,
+    LoweredSegment,
+    Placement,
+    Value,
+    numel,
+    numel_text,
+    scaled,
+)
 
 
 @dataclass
@@ -107,107 +63,9 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self.degree = self.sharding.degree
-        self.made = {op.name for op in self.analysis.ops}
-        self.entering_names = {spec.name for spec in self.graph.boundaries[self.segment]}
+        self.regions = Regions(self.graph, self.segment, self.analysis, self.sharding, self.sequence_parallel)
+        self.local = LocalSizes(self.analysis, self.sharding, self.rank)
         self.shapes: dict[str, Shape] = {}
-        self.leaving = [spec.name for spec in leaving(self.graph, self.segment, self.made)]
-        self.uses = Counter(spec.name for op in self.analysis.ops for spec in op.inputs)
-        self.uses.update([*self.leaving, *self.graph.outputs])
-        self.users: dict[str, list[Op]] = {}
-        for op in self.analysis.ops:
-            for name in {spec.name for spec in op.inputs}:
-                self.users.setdefault(name, []).append(op)
-        self.weights = set(self.analysis.parameters)
-        """Parameters, and what is computed from nothing else."""
-        for op in self.analysis.ops:
-            if all(spec.name in self.weights for spec in op.inputs if spec.requires_grad):
-                self.weights.add(op.name)
-        self.split = {op.name for op in self.analysis.ops if self.is_split(op)}
-        self.by_sequence = {op.name for op in self.analysis.ops if self.is_by_sequence(op)}
-        self.wanted = self.find_wanted()
-
-    # -------------------------------------------------------------------------------- what runs how
-
-    def is_split(self, op: Op) -> bool:
-        """Whether some output is sharded or a partial sum."""
-        outputs = self.analysis.layouts[op.name]
-        for layout in outputs:
-            if sum(map(self.sharding.count, layout)) > 1:
-                raise Illegal(f"{op.name} would be sharded twice")
-        sharded = any(map(self.sharding.is_sharded, outputs))
-        summed = [dim for dim in self.analysis.summed[op.name] if self.sharding.count(dim)]
-        if any(self.sharding.is_mixed(dim) for dim in summed):
-            raise Illegal(f"{op.name} would add up replicated parts of {op.name} more than once")
-        if sharded and summed:
-            raise Illegal(f"{op.name} would be sharded and a partial sum")
-        return sharded or bool(summed)
-
-    def is_by_sequence(self, op: Op) -> bool:
-        """Whether the op can work on this rank's tokens alone."""
-        if not self.sequence_parallel or op.name in self.split or op.name in self.analysis.whole_sequence:
-            return False
-        outputs = self.analysis.layouts[op.name]
-        inputs = [
-            self.analysis.input_layout(op, i)
-            for i, spec in enumerate(op.inputs)
-            if spec.name in self.made or spec.name in self.entering_names
-        ]
-        summed = [[dim] for dim in self.analysis.summed[op.name]]
-        clean = all(self.sequence_position(layout) is not None or not self.has_sequence(layout) for layout in inputs)
-        return (
-            clean
-            and all(self.sequence_position(layout) is not None for layout in outputs)
-            and not any(map(self.has_sequence, summed))
-        )
-
-    def has_sequence(self, layout: Layout) -> bool:
-        return any(leaf is self.analysis.seq for dim in layout for leaf in leaves(dim))
-
-    def sequence_position(self, layout: Layout) -> int | None:
-        """The dim that is the sequence, if exactly one dim holds it and nothing else."""
-        found = [k for k, dim in enumerate(layout) if any(leaf is self.analysis.seq for leaf in leaves(dim))]
-        return found[0] if len(found) == 1 and self.analysis.is_sequence(layout[found[0]]) else None
-
-    def find_wanted(self) -> set[str]:
-        """Parameters, and ops with a single differentiable input, that only work with partial gradients reads: their
-        gradient is left a partial sum, so that one reduction at their source serves all readers.
-        """
-        wanted: set[str] = set()
-        for op in reversed(self.analysis.ops):
-            if op.name in self.split or op.name in self.by_sequence:
-                continue
-            differentiable = [spec for spec in op.inputs if spec.requires_grad]
-            kept = op.name in self.leaving or op.name in self.graph.outputs
-            if len(differentiable) != 1 or kept or op.name not in self.users:
-                continue
-            cheap = _numel(differentiable[0]) <= _numel(op.outputs[0]) or differentiable[0].name in wanted
-            if cheap and all(self.reads_in_part(user, op.name, wanted) for user in self.users[op.name]):
-                wanted.add(op.name)
-        tied = {p.name for p in self.graph.parameters if len(p.segments) > 1}
-        for name in self.analysis.parameters.keys() - tied:  # elsewhere a tied one may be read whole
-            if all(self.reads_in_part(user, name, wanted) for user in self.users[name]):
-                wanted.add(name)
-        return wanted
-
-    def reads_in_part(self, user: Op, name: str, wanted: set[str]) -> bool:
-        """Whether the gradient that `user` returns for `name` is a partial sum."""
-        if user.name in self.split:
-            bias = self.deferred_bias(user)
-            return bias is None or user.inputs[bias].name != name or self.adds_by_sequence(user)
-        return user.name in self.by_sequence or user.name in wanted
-
-    def deferred_bias(self, op: Op) -> int | None:
-        """The input that is added once the partial sum is reduced, not by every rank."""
-        if not any(self.sharding.count(dim) for dim in self.analysis.summed[op.name]):
-            return None
-        bias = op.argument("bias") if base_name(op) == "linear" else op.argument("self")
-        return bias.index if base_name(op) in ("linear", "addmm") and isinstance(bias, Ref) else None
-
-    def adds_by_sequence(self, op: Op) -> bool:
-        """Whether the bias of a partial sum is added to sequence shards, views between them passed over."""
-        while self.uses[op.name] == 1 and self.users.get(op.name) and _keeps_last_dim(self.users[op.name][0]):
-            op = self.users[op.name][0]
-        return self.sequence_parallel and self.sequence_position(self.analysis.layouts[op.name][0]) is not None
 
     # -------------------------------------------------------------------------------- values
 
@@ -220,27 +78,14 @@ class Lowering:
             return found[item]
         layout = self.analysis.input_layout(op, index)
         if spec.name in self.analysis.parameters:
-            placement = Placement.SHARED if spec.name in self.wanted else Placement.WHOLE
+            placement = Placement.SHARED if spec.name in self.regions.wanted else Placement.WHOLE
             placement = Placement.SHARDED if self.sharding.is_sharded(layout) else placement
-            self.values[spec.name] = [Value(self.localized(spec, layout, placement), layout, placement, spec.name)]
-        elif spec.name in self.entering_names:
+            self.values[spec.name] = [Value(self.local.spec(spec, layout, placement), layout, placement, spec.name)]
+        elif spec.name in self.regions.entering:
             self.values[spec.name] = [self.entering(spec)]
         else:
             return Value(spec, layout, Placement.WHOLE, spec.name)  # free: each reader has a layout of its own for it
         return self.values[spec.name][0]
-
-    def localized(self, spec: TensorSpec, layout: Layout, placement: Placement) -> TensorSpec:
-        shape = tuple(self.local_size(n, dim, placement) for n, dim in zip(spec.shape, layout, strict=True))
-        return replace(spec, shape=shape)
-
-    def local_size(self, symbolic: SymbolicDim, dim: Dim, placement: Placement) -> SymbolicDim:
-        """Of a dim, as an expression: what the ranks of this placement hold of it."""
-        by_tokens = placement is Placement.SEQUENCE and self.analysis.is_sequence(dim)
-        if not by_tokens and not self.sharding.count(dim):
-            return symbolic
-        if isinstance(symbolic, int):
-            return self.sharding.local_size(dim, self.rank)
-        return f"({symbolic})//{self.degree}"
 
     # -------------------------------------------------------------------------------- conversions
 
@@ -265,7 +110,7 @@ class Lowering:
                 is_view=is_view,
                 is_pointwise=False,
                 saved=(),
-                kept=(SavedTensor(name, _numel_text(whole.shape), whole.dtype),) if CONVERSIONS[target].forward else (),
+                kept=(SavedTensor(name, numel_text(whole.shape), whole.dtype),) if CONVERSIONS[target].forward else (),
                 module="",
                 source="",
             )
@@ -277,12 +122,12 @@ class Lowering:
     def shape_of(self, source: Value, layout: Layout, placement: Placement) -> Shape:
         """The local shape of a conversion's result, from the whole sizes that the source stands for."""
         whole = self.whole_shape(source)
-        return tuple(self.local_size(n, dim, placement) for n, dim in zip(whole, layout, strict=True))
+        return tuple(self.local.dim(n, dim, placement) for n, dim in zip(whole, layout, strict=True))
 
     def whole_shape(self, value: Value) -> Shape:
         if value.placement is not Placement.SEQUENCE:
             return value.spec.shape
-        at = self.sequence_position(value.layout)
+        at = self.regions.sequence_position(value.layout)
         return tuple("seq" if k == at else n for k, n in enumerate(value.spec.shape))
 
     def reduced(self, name: str, item: int = 0) -> Value:
@@ -290,7 +135,7 @@ class Lowering:
         value = self.values[name][item]
         if value.placement is not Placement.PARTIAL:
             return value
-        at = self.sequence_position(value.layout) if self.sequence_parallel else None
+        at = self.regions.sequence_position(value.layout) if self.sequence_parallel else None
         plain = replace(value, pending=())
         if at is None:
             result = self.convert(plain, "all_reduce", value.layout, Placement.WHOLE)
@@ -307,14 +152,14 @@ class Lowering:
     def enter(self, value: Value, placement: Placement) -> Value:
         """`value` as an op that runs in `placement` reads it."""
         in_part = placement is not Placement.WHOLE
-        at = self.sequence_position(value.layout) if placement is Placement.SEQUENCE else None
+        at = self.regions.sequence_position(value.layout) if placement is Placement.SEQUENCE else None
         differentiable = value.spec.requires_grad
         if value.placement is Placement.SHARED and differentiable and not in_part:
             raise Illegal(f"{value.name} has a partial gradient, and what reads it would return a whole one")
         if value.placement is Placement.SEQUENCE:
             if placement is Placement.SEQUENCE:
                 return value
-            dim = self.sequence_position(value.layout)
+            dim = self.regions.sequence_position(value.layout)
             kind, gathered = ("all_gather", Placement.SHARED) if in_part else ("all_gather_whole", Placement.WHOLE)
             return self.convert(value, kind, value.layout, gathered, dim=dim)
         if value.placement is Placement.SHARDED:
@@ -352,7 +197,7 @@ class Lowering:
     def run(self) -> LoweredSegment:
         for op in self.analysis.ops:
             self.lower(op)
-        results = {name: self.leave(name) for name in self.leaving}
+        results = {name: self.leave(name) for name in self.regions.leaving}
         if self.segment == self.graph.num_segments - 1:
             loss, logits = (self.reduced(name) for name in self.graph.outputs)
             logits = logits if logits.placement is Placement.SHARDED else self.enter(logits, Placement.WHOLE)
@@ -365,21 +210,23 @@ class Lowering:
             parameters=self.analysis.parameters,
             shared_parameters=frozenset(shared) & self.analysis.parameters.keys(),
             sharding=self.sharding,
-            replicated=frozenset(name for name, held in self.values.items() if name in self.made and _is_whole(held)),
+            replicated=frozenset(
+                name for name, held in self.values.items() if name in self.regions.made and _is_whole(held)
+            ),
             without_rule=frozenset(op.target for op in self.analysis.ops if op.name in self.analysis.unknown),
         )
 
     def entering(self, spec: TensorSpec) -> Value:
         """What the segment before leaves: sequence shards where there is a sequence, whole otherwise."""
         layout = self.analysis.layouts[spec.name][0]
-        by_tokens = self.sequence_parallel and self.sequence_position(layout) is not None
+        by_tokens = self.sequence_parallel and self.regions.sequence_position(layout) is not None
         placement = Placement.SEQUENCE if by_tokens else Placement.WHOLE
-        return Value(self.localized(spec, layout, placement), layout, placement, spec.name)
+        return Value(self.local.spec(spec, layout, placement), layout, placement, spec.name)
 
     def leave(self, name: str) -> Value:
         """As `entering` of the next segment expects it."""
         value = self.reduced(name)
-        by_tokens = self.sequence_parallel and self.sequence_position(value.layout) is not None
+        by_tokens = self.sequence_parallel and self.regions.sequence_position(value.layout) is not None
         return self.enter(value, Placement.SEQUENCE if by_tokens else Placement.WHOLE)
 
     def lower(self, op: Op) -> None:
@@ -393,7 +240,7 @@ class Lowering:
         if self.defers(op, inputs) or self.sums_partials(op, inputs) or self.passes(op, inputs):
             return
         inputs = [self.settled(op, index) for index in range(len(op.inputs))]
-        placement = self.placement_of(op, inputs)
+        placement = self.regions.placement_of(op, inputs)
         if placement is Placement.PARTIAL:
             self.contraction(op, inputs)
             return
@@ -406,23 +253,9 @@ class Lowering:
             self.reduced(spec.name)
         return self.value(op, index)
 
-    def placement_of(self, op: Op, inputs: list[Value]) -> Placement:
-        if op.name in self.split:
-            sharded = any(map(self.sharding.is_sharded, self.analysis.layouts[op.name]))
-            return Placement.SHARDED if sharded else Placement.PARTIAL
-        activations = [v for v in inputs if v.name not in self.weights]
-        if any(v.placement is Placement.SHARDED for v in activations):
-            return Placement.SHARED  # a whole segment cut out of a mixed tensor
-        if any(v.placement is Placement.SHARED and v.spec.requires_grad for v in activations):
-            return Placement.SHARED
-        if op.name in self.by_sequence:
-            return Placement.SEQUENCE
-        shared = any(v.placement is Placement.SHARED and v.spec.requires_grad for v in inputs)
-        return Placement.SHARED if shared or op.name in self.wanted else Placement.WHOLE
-
     def finish(self, op: Op, values: list[Value]) -> None:
         self.values[op.name] = values
-        if values and values[0].placement is Placement.PARTIAL and self.uses[op.name] != 1:
+        if values and values[0].placement is Placement.PARTIAL and self.regions.uses[op.name] != 1:
             self.reduced(op.name)
 
     def item(self, op: Op) -> None:
@@ -444,20 +277,20 @@ class Lowering:
             own = placement
             if placement is Placement.SHARDED and not self.sharding.is_sharded(layout):
                 own = Placement.SHARED
-            outputs.append(Value(self.localized(spec, layout, placement), layout, own, op.name))
+            outputs.append(Value(self.local.spec(spec, layout, placement), layout, own, op.name))
         if op.is_view and inputs:
             outputs = [replace(value, owner=inputs[0].owner) for value in outputs]
         local = replace(
             op,
             inputs=tuple(value.spec for value in inputs),
             outputs=tuple(value.spec for value in outputs),
-            arguments=self.local_arguments(op, inputs, outputs),
+            arguments=self.local.arguments(op, inputs, outputs),
             saved=self.local_storages(op.saved, op, inputs, outputs),
             kept=self.local_storages(op.kept, op, inputs, outputs),
         )
         if base_name(op) in ("split", "chunk") and self.sharding.is_sharded(inputs[0].layout):
-            local = self.as_split_with_sizes(local)
-        self.append(_drawing_apart(local, placement))
+            local = as_split_with_sizes(local)
+        self.append(drawing_apart(local, placement))
         return outputs
 
     def append(self, op: Op) -> None:
@@ -468,7 +301,7 @@ class Lowering:
 
     def contraction(self, op: Op, inputs: list[Value]) -> None:
         """A contraction over a sharded dim: its bias waits for the reduction, a mean is rescaled."""
-        bias = self.deferred_bias(op)
+        bias = self.regions.deferred_bias(op)
         layouts = self.analysis.layouts[op.name]
         entered = [v if i == bias else self.enter(v, Placement.SHARDED) for i, v in enumerate(inputs)]
         if base_name(op) == "embedding":
@@ -476,25 +309,23 @@ class Lowering:
             op = replace(op, target=VOCABULARY_EMBEDDING, arguments=(*op.arguments, ("first", first)))
         pending: tuple[Addend, ...] = ()
         if bias is not None:
-            pending = (Addend(_addition(f"{op.name}_bias", op), inputs[bias], 1),)
-            op, entered = _without(op, entered, bias)
+            pending = (Addend(addition(f"{op.name}_bias", op), inputs[bias], 1),)
+            op, entered = without(op, entered, bias)
         (value,) = self.emit(op, entered, layouts, Placement.PARTIAL)
         if base_name(op) == "mean":
-            scale = _scaling(f"{op.name}_scaled", value.spec, self.degree, op)
+            scale = scaling(f"{op.name}scaled", value.spec, self.degree, op)
             (value,) = self.emit(scale, [value], layouts, Placement.PARTIAL)
         self.finish(op, [replace(value, pending=pending)])
 
     def defers(self, op: Op, inputs: list[Value]) -> bool:
         """partial + whole, to be added to another partial sum next: one reduction serves both."""
         partial = [i for i, v in enumerate(inputs) if v.placement is Placement.PARTIAL]
-        users = self.users.get(op.name, [])
-        next_is_addition = self.uses[op.name] == 1 and len(users) == 1 and _is_plain_addition(users[0])
-        if len(partial) != 1 or len(inputs) != 2 or not _is_plain_addition(op) or not next_is_addition:
+        users = self.regions.users.get(op.name, [])
+        next_is_addition = self.regions.uses[op.name] == 1 and len(users) == 1 and is_plain_addition(users[0])
+        if len(partial) != 1 or len(inputs) != 2 or not is_plain_addition(op) or not next_is_addition:
             return False
         waiting, other = inputs[partial[0]], self.settled(op, 1 - partial[0])
-        if other.placement not in (Placement.WHOLE, Placement.SEQUENCE) or _numel(op.outputs[0]) != _numel(
-            waiting.spec
-        ):
+        if other.placement not in (Placement.WHOLE, Placement.SEQUENCE) or numel(op.outputs[0]) != numel(waiting.spec):
             return False
         addend = Addend(op, other, 1 - partial[0])
         self.values[op.name] = [replace(waiting, pending=(*waiting.pending, addend))]
@@ -502,7 +333,7 @@ class Lowering:
 
     def sums_partials(self, op: Op, inputs: list[Value]) -> bool:
         """partial + partial."""
-        if len(inputs) != 2 or not _is_plain_addition(op) or any(v.placement is not Placement.PARTIAL for v in inputs):
+        if len(inputs) != 2 or not is_plain_addition(op) or any(v.placement is not Placement.PARTIAL for v in inputs):
             return False
         if inputs[0].name == inputs[1].name or inputs[0].spec.shape != inputs[1].spec.shape:
             return False
@@ -514,14 +345,14 @@ class Lowering:
     def passes(self, op: Op, inputs: list[Value]) -> bool:
         """Linear ops of one partial sum, the reduction still to come."""
         partial = [i for i, v in enumerate(inputs) if v.placement is Placement.PARTIAL]
-        if partial != [0] or op.name in self.split or not _is_linear(op):
+        if partial != [0] or op.name in self.regions.split or not is_linear(op):
             return False
-        if inputs[0].pending and not (_keeps_last_dim(op) and all(len(a.other.layout) == 1 for a in inputs[0].pending)):
+        if inputs[0].pending and not (keeps_last_dim(op) and all(len(a.other.layout) == 1 for a in inputs[0].pending)):
             return False
         others = inputs[1:]
         if any(v.placement not in (Placement.WHOLE, Placement.SEQUENCE) for v in others):
             return False
-        if base_name(op) in ("mul", "div") and any(4 * _numel(v.spec) > _numel(inputs[0].spec) for v in others):
+        if base_name(op) in ("mul", "div") and any(4 * numel(v.spec) > numel(inputs[0].spec) for v in others):
             return False
         entered = [inputs[0], *(self.enter(value, Placement.SHARED) for value in others)]
         (value,) = self.emit(op, entered, self.analysis.layouts[op.name], Placement.PARTIAL)
@@ -539,59 +370,13 @@ class Lowering:
         first = self.sharding.chunk(flat(logits.layout[1])[0], self.rank).start
         arguments = (("self", Ref(0)), ("target", Ref(1)), ("first", first))
         ignored = op.argument("ignore_index", -100)
-        kept = SavedTensor(f"{op.name}:0", _numel_text(logits.spec.shape), logits.spec.dtype)
+        kept = SavedTensor(f"{op.name}:0", numel_text(logits.spec.shape), logits.spec.dtype)
         lowered = replace(
             op, target=VOCABULARY_CROSS_ENTROPY, inputs=(logits.spec, target.spec),
             arguments=(*arguments, ("ignore_index", ignored)), saved=(kept,),
         )  # fmt: skip
         self.append(lowered)
         self.values[op.name] = [Value(op.outputs[0], [], Placement.WHOLE, op.name)]
-
-    # -------------------------------------------------------------------------------- literals
-
-    def local_arguments(self, op: Op, inputs: list[Value], outputs: list[Value]) -> tuple[tuple[str, Argument], ...]:
-        """Sizes, bounds and counts, as the rank's shapes want them."""
-        arguments = dict(op.arguments)
-        kind = base_name(op)
-        for name in ("size", "shape"):
-            sizes = arguments.get(name)
-            if isinstance(sizes, tuple) and kind in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to"):
-                wholes, locals_ = op.outputs[0].shape, outputs[0].spec.shape
-                sized = zip(sizes, wholes, locals_, strict=True)
-                arguments[name] = tuple(given if given == -1 or whole == n else n for given, whole, n in sized)
-        if kind in ("slice", "select") and self.sharding.is_sharded(inputs[0].layout):
-            self.localize_bounds(op, arguments, inputs[0])
-        if kind == "repeat_interleave" and isinstance(arguments.get("dim"), int):
-            k = arguments["dim"]
-            assert isinstance(k, int)
-            before = self.sharding.local_size(inputs[0].layout[k], self.rank)
-            arguments["repeats"] = self.sharding.local_size(outputs[0].layout[k], self.rank) // before
-        return tuple(arguments.items())
-
-    def localize_bounds(self, op: Op, arguments: dict[str, Argument], source: Value) -> None:
-        k = op.argument("dim", 0)
-        assert isinstance(k, int)
-        dim = source.layout[k]
-        if not self.sharding.count(dim):
-            return
-        held = self.sharding.global_indices(dim, self.rank)
-        if base_name(op) == "select":
-            index = op.argument("index")
-            assert isinstance(index, int)
-            arguments["index"] = int((held < index % size(dim)).sum())
-            return
-        start, end = bounds(op, size(dim))
-        if op.argument("step", 1) != 1:
-            arguments["end"] = len(held)
-            return
-        arguments["start"], arguments["end"] = int((held < start).sum()), int((held < end).sum())
-
-    def as_split_with_sizes(self, op: Op) -> Op:
-        k = op.argument("dim", 0)
-        assert isinstance(k, int)
-        sizes = tuple(spec.shape[k] for spec in op.outputs)
-        arguments = (("self", Ref(0)), ("split_sizes", sizes), ("dim", k))
-        return replace(op, target="aten.split_with_sizes.default", arguments=arguments)
 
     # -------------------------------------------------------------------------------- what autograd keeps
 
@@ -604,13 +389,13 @@ class Lowering:
         saved = []
         for kept in storages:
             if kept.storage == op.name:
-                saved.append(replace(kept, numel=_numel_text(outputs[0].spec.shape)))
+                saved.append(replace(kept, numel=numel_text(outputs[0].spec.shape)))
             elif kept.storage in originals:
                 owner = originals[kept.storage].owner
                 saved.append(SavedTensor(owner, self.storage_numel(owner, kept), kept.dtype))
             else:
-                shrunk = Fraction(_numel(outputs[0].spec), _numel(op.outputs[0]))
-                saved.append(replace(kept, numel=_scaled(kept.numel, shrunk)))
+                shrunk = Fraction(numel(outputs[0].spec), numel(op.outputs[0]))
+                saved.append(replace(kept, numel=scaled(kept.numel, shrunk)))
         return tuple(saved)
 
     def original_owner(self, name: str) -> str:
@@ -623,9 +408,9 @@ class Lowering:
     def storage_numel(self, owner: str, kept: SavedTensor) -> SymbolicDim:
         """Elements of a lowered storage; those of free tensors and of other segments are as they were."""
         if owner in self.shapes:
-            return _numel_text(self.shapes[owner])
+            return numel_text(self.shapes[owner])
         if owner in self.values:
-            return _numel_text(self.values[owner][0].spec.shape)
+            return numel_text(self.values[owner][0].spec.shape)
         return kept.numel
 
 
@@ -649,81 +434,3 @@ def check_chunks(analysis: Analysis, sharding: Sharding) -> None:
 
 def _is_whole(values: list[Value]) -> bool:
     return all(value.placement in (Placement.WHOLE, Placement.SHARED) for value in values)
-
-
-def _drawing_apart(op: Op, placement: Placement) -> Op:
-    """Ranks that hold different parts draw different random numbers; ranks that hold the same draw the same."""
-    probability = op.argument("p" if base_name(op) == "dropout" else "dropout", 0.0)
-    draws = (base_name(op) == "dropout" or op.target == ATTENTION) and probability != 0.0
-    if not draws or placement not in (Placement.SHARDED, Placement.SEQUENCE):
-        return op
-    return replace(op, arguments=(*op.arguments, ("apart", True)))
-
-
-def _is_plain_addition(op: Op) -> bool:
-    return base_name(op) == "add" and op.argument("alpha", 1) == 1 and len(op.inputs) == 2
-
-
-_LINEAR = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-    "expand", "slice", "select", "index", "alias", "contiguous", "clone", "detach", "neg", "sum", "mul", "div",
-}  # fmt: skip
-
-
-def _keeps_last_dim(op: Op) -> bool:
-    """A view that regroups other dims than the last one, so that a bias may be added before or after it."""
-    regroups = base_name(op) in ("view", "reshape", "_unsafe_view", "alias", "contiguous", "clone")
-    return regroups and len(op.inputs) == 1 and op.inputs[0].shape[-1] == op.outputs[0].shape[-1]
-
-
-def _is_linear(op: Op) -> bool:
-    """In its first input, all others fixed."""
-    if base_name(op) == "dropout":
-        return op.argument("p") == 0.0
-    if base_name(op) == "to":
-        return DTYPE_BYTES[op.outputs[0].dtype] <= DTYPE_BYTES[op.inputs[0].dtype]
-    return base_name(op) in _LINEAR
-
-
-def _addition(name: str, like: Op) -> Op:
-    """`like`'s output plus something of its own, as an op."""
-    spec = replace(like.outputs[0], name=name)
-    return replace(
-        like, name=name, target=ADD, inputs=(like.outputs[0], like.outputs[0]), outputs=(spec,),
-        arguments=(("self", Ref(0)), ("other", Ref(1))), is_view=False, is_pointwise=True, saved=(), kept=(),
-    )  # fmt: skip
-
-
-def _scaling(name: str, spec: TensorSpec, divisor: int, like: Op) -> Op:
-    return replace(
-        like, name=name, target="aten.div.Tensor", inputs=(spec,), outputs=(replace(like.outputs[0], name=name),),
-        arguments=(("self", Ref(0)), ("other", divisor)), is_view=False, is_pointwise=True, saved=(), kept=(),
-    )  # fmt: skip
-
-
-def _without(op: Op, inputs: list[Value], bias: int) -> tuple[Op, list[Value]]:
-    """The contraction alone: linear without bias, mm for addmm."""
-    kept = [value for index, value in enumerate(inputs) if index != bias]
-    specs = tuple(spec for index, spec in enumerate(op.inputs) if index != bias)
-    if base_name(op) == "linear":
-        arguments = tuple((n, v) for n, v in op.arguments if n != "bias")
-        return replace(op, inputs=specs, arguments=arguments), kept
-    arguments = (("self", Ref(0)), ("mat2", Ref(1)))
-    return replace(op, target="aten.mm.default", inputs=specs, arguments=arguments), kept
-
-
-def _numel(spec: TensorSpec) -> int:
-    """At the stand-in sizes, made divisible."""
-    return prod(evaluate(dim, batch=BATCH, seq=SEQ * 27720) for dim in spec.shape)
-
-
-def _numel_text(shape: Shape) -> SymbolicDim:
-    if all(isinstance(n, int) for n in shape):
-        return prod(n for n in shape if isinstance(n, int))
-    return "*".join(f"({n})" for n in shape)
-
-
-def _scaled(numel: SymbolicDim, factor: Fraction) -> SymbolicDim:
-    if factor == 1:
-        return numel
-    return f"({numel})*{factor.numerator}//{factor.denominator}"

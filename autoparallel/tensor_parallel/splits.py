@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -14,7 +14,8 @@ from autoparallel.ir.graph import Graph, TensorSpec
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
 from autoparallel.tensor_parallel.layout import Atom, ParameterSplit, Sharding, leaves
-from autoparallel.tensor_parallel.lower import Illegal, LoweredSegment, lower
+from autoparallel.tensor_parallel.lower import lower
+from autoparallel.tensor_parallel.values import Illegal, LoweredSegment
 
 Split = tuple[str, ...]
 """The dims to shard, by the names of `split_names`; a split means the same in every segment of a class."""
@@ -68,65 +69,76 @@ def legal_splits(
             yield split, lowered
 
 
-@dataclass(frozen=True)
-class TensorParallel:
-    """How a plan splits every segment."""
+@dataclass(eq=False)
+class SplitGraph:
+    """A graph under a plan's split of every segment; each lowered once."""
 
+    graph: Graph
     degree: int = 1
     sequence_parallel: bool = False
     splits: tuple[Split, ...] = ()
     """By segment class; none where the degree is one."""
+    _analyses: dict[int, Analysis] = field(default_factory=dict, repr=False)
+    _lowered: dict[tuple[int, int], LoweredSegment] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of_strategy(cls, strategy: Strategy) -> TensorParallel:
-        return cls(strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
+    def of_strategy(cls, graph: Graph, strategy: Strategy) -> SplitGraph:
+        return cls(graph, strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits or ())
 
-    def of(self, graph: Graph, segment: int) -> Split:
+    def split_of(self, segment: int) -> Split:
         """The dims of one segment that are sharded."""
         if self.degree == 1:
             return ()
-        classes = set(graph.segment_classes)
+        classes = set(self.graph.segment_classes)
         if len(self.splits) != len(classes):
             raise _mismatch(f"{len(self.splits)} splits are given for {len(classes)} kinds of segments")
-        return self.splits[graph.segment_classes[segment]]
+        return self.splits[self.graph.segment_classes[segment]]
 
-    def lowered(self, graph: Graph, segment: int, *, rank: int = 0) -> LoweredSegment:
+    def lowered(self, segment: int, *, rank: int = 0) -> LoweredSegment:
         """The segment's program of one rank of the group; raises PlanMismatchError where the split does not fit it."""
-        split, analysis = self.of(graph, segment), analyze(graph, segment)
-        degree, by_sequence = self.degree, self.sequence_parallel
-        try:
-            return lower_split(graph, segment, analysis, split, degree=degree, sequence_parallel=by_sequence, rank=rank)
-        except Illegal as error:
-            raise _mismatch(str(error)) from error
+        if (segment, rank) not in self._lowered:
+            try:
+                self._lowered[segment, rank] = lower_split(
+                    self.graph, segment, self._analysis(segment), self.split_of(segment),
+                    degree=self.degree, sequence_parallel=self.sequence_parallel, rank=rank,
+                )  # fmt: skip
+            except Illegal as error:
+                raise _mismatch(str(error)) from error
+        return self._lowered[segment, rank]
 
-    def entering(self, graph: Graph, segment: int) -> tuple[TensorSpec, ...]:
+    def entering(self, segment: int) -> tuple[TensorSpec, ...]:
         """What a rank receives where a stage begins with `segment`, with local shapes."""
-        return self.lowered(graph, segment).entering
+        return self.lowered(segment).entering
 
-    def shared_parameters(self, graph: Graph, segments: Iterable[int]) -> frozenset[str]:
+    def shared_parameters(self, segments: Iterable[int]) -> frozenset[str]:
         """Parameters of these segments whose gradients are sums over the group, taken once a step."""
-        return frozenset(name for segment in segments for name in self.lowered(graph, segment).shared_parameters)
+        return frozenset(name for segment in segments for name in self.lowered(segment).shared_parameters)
 
-    def logits(self, graph: Graph) -> list[NDArray[np.int64]]:
+    def logits(self) -> list[NDArray[np.int64]]:
         """By rank, the part of the vocabulary that its logits are of; one entry where all have the same."""
-        lowered = self.lowered(graph, graph.num_segments - 1)
-        vocabulary = lowered.results[graph.outputs[1]].layout[-1]
+        lowered = self.lowered(self.graph.num_segments - 1)
+        vocabulary = lowered.results[self.graph.outputs[1]].layout[-1]
         ranks = self.degree if lowered.sharding.count(vocabulary) else 1
         return [lowered.sharding.global_indices(vocabulary, rank) for rank in range(ranks)]
 
-    def parameters(self, graph: Graph) -> dict[str, ParameterSplit]:
+    def parameters(self) -> dict[str, ParameterSplit]:
         """Every parameter that some segment uses; segments that share one split it alike."""
         found: dict[str, ParameterSplit] = {}
-        for segment in range(graph.num_segments):
-            analysis = analyze(graph, segment)
+        for segment in range(self.graph.num_segments):
+            analysis = self._analysis(segment)
             named = split_names(analysis)
-            sharding = Sharding([named[name] for name in self.of(graph, segment)], self.degree)
+            sharding = Sharding([named[name] for name in self.split_of(segment)], self.degree)
             for name, layout in analysis.parameters.items():
                 split = ParameterSplit(layout, sharding)
                 if name in found and not found[name].holds_like(split):
                     raise _mismatch(f"{name} is split in two ways by the segments that share it")
                 found[name] = split
         return found
+
+    def _analysis(self, segment: int) -> Analysis:
+        if segment not in self._analyses:
+            self._analyses[segment] = analyze(self.graph, segment)
+        return self._analyses[segment]
 
 
 def _mismatch(why: str) -> PlanMismatchError:
