@@ -233,10 +233,13 @@ def shapes(strategy: Strategy) -> tuple[list[float], list[float], list[list[tupl
     compiled(**make_batch(4, 8), use_cache=False).loss.backward()
     compiled.zero_grad()
     seen.clear()
+
+    def note(module: Any, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
+        tokens = kwargs.get("input_ids", kwargs.get("labels"))  # a stage gets what it reads
+        seen[-1].append(tuple(tokens.shape))
+
     for stage in compiled._parallel.engine.stages:
-        stage.module.register_forward_pre_hook(
-            lambda module, args, kwargs: seen[-1].append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-        )
+        stage.module.register_forward_pre_hook(note, with_kwargs=True)
     return plain, loop(compiled), seen
 
 
