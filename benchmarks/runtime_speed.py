@@ -120,9 +120,8 @@ def compare(case: str, model: nn.Module, plan: str, *, rows: int, tokens: int, p
     for index in range(WARM_UP):
         batch = make_batch(index, rows, tokens, vocabulary)
         for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name].append(step(batch).item())
-            first_s.setdefault(name, time.perf_counter() - start)
+            spent = seconds_of(lambda name=name, step=step, batch=batch: losses[name].append(step(batch).item()))
+            first_s.setdefault(name, spent.wall)
     batch = make_batch(WARM_UP, rows, tokens, vocabulary)
     counts, calls = {}, {}
     for name, step in steps.items():
