@@ -187,14 +187,20 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("masters", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "masters", "plans"),
+    [
+        ("llama", torch.float32, [PLANS[1], PLANS[4], PLANS[6]]),
+        pytest.param("llama", torch.bfloat16, PLANS, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.float32, PLANS, marks=pytest.mark.slow),
+    ],
+)
+def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype, plans: list[Strategy]) -> None:
     """Without a division of operators only sums are ordered differently; with one, rounding differs as it does between
     one device and the truth.
     """
-    for results in run_ranks(2, check, family, PLANS, masters, timeout=280):
-        for (name, found), strategy in zip(results, PLANS, strict=True):
+    for results in run_ranks(2, check, family, plans, masters, timeout=280):
+        for (name, found), strategy in zip(results, plans, strict=True):
             print(name, found)
             if strategy.tensor_parallel == 1:
                 assert found.emitted[1] < (1e-5 if masters == torch.float32 else 1e-2), name
