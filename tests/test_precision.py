@@ -192,7 +192,7 @@ PLANS = [
     [
         ("llama", torch.float32, [PLANS[1], PLANS[4], PLANS[6]]),
         pytest.param("llama", torch.bfloat16, PLANS, marks=pytest.mark.slow),
-        pytest.param("gpt2", torch.float32, PLANS, marks=pytest.mark.slow),
+        pytest.param("gpt2-untied", torch.float32, PLANS, marks=pytest.mark.slow),
     ],
 )
 def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype, plans: list[Strategy]) -> None:
