@@ -206,7 +206,7 @@ def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype, 
                 assert found.emitted[1] < (1e-5 if masters == torch.float32 else 1e-2), name
                 assert found.emitted[0] < 2 * found.noise[0], name
             assert found.truth[1] < 1.3 * found.plain_truth[1], name
-            assert found.plain[0] < 2 * found.plain_truth[0], name
+            assert found.plain[0] < 3 * max(found.noise[0], found.plain_truth[0]), name
 
 
 @pytest.mark.parametrize(
