@@ -187,20 +187,26 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("masters", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "masters", "plans"),
+    [
+        ("llama", torch.float32, [PLANS[1], PLANS[4], PLANS[6]]),
+        pytest.param("llama", torch.bfloat16, PLANS, marks=pytest.mark.slow),
+        pytest.param("gpt2-untied", torch.float32, PLANS, marks=pytest.mark.slow),
+    ],
+)
+def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype, plans: list[Strategy]) -> None:
     """Without a division of operators only sums are ordered differently; with one, rounding differs as it does between
     one device and the truth.
     """
-    for results in run_ranks(2, check, family, PLANS, masters, timeout=280):
-        for (name, found), strategy in zip(results, PLANS, strict=True):
+    for results in run_ranks(2, check, family, plans, masters, timeout=280):
+        for (name, found), strategy in zip(results, plans, strict=True):
             print(name, found)
             if strategy.tensor_parallel == 1:
                 assert found.emitted[1] < (1e-5 if masters == torch.float32 else 1e-2), name
                 assert found.emitted[0] < 2 * found.noise[0], name
             assert found.truth[1] < 1.3 * found.plain_truth[1], name
-            assert found.plain[0] < 2 * found.plain_truth[0], name
+            assert found.plain[0] < 3 * max(found.noise[0], found.plain_truth[0]), name
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def _trained_losses(family: str, strategy: Strategy) -> tuple[Values, Values]:
 def norms_on_sequence_shards(mended: bool) -> tuple[Values, Values]:
     """A norm's weight is the same on every rank, but each sees its own tokens: its gradients are addends."""
     if not mended:
-        Parameters._sum_addends = lambda self, mine: None  # type: ignore[method-assign]
+        Parameters._sum_addends = lambda self, mine, totals: None  # type: ignore[method-assign]
     return _trained_losses("qwen2", TENSOR_PARALLEL.model_copy(update={"sequence_parallel": True}))
 
 

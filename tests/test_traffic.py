@@ -194,7 +194,11 @@ INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 5, "
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        ("qwen-7b", QWEN | {"data_parallel": 8, "distribute_param": 1, "recomputation": "selective"}),
+        pytest.param(
+            "qwen-7b",
+            QWEN | {"data_parallel": 8, "distribute_param": 1, "recomputation": "selective"},
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(
             "qwen-7b",
             QWEN | {"tensor_parallel": 4, "data_parallel": 2, "recomputation": "full"},

@@ -120,15 +120,21 @@ def test_trainer_sees_one_process(models: Path, plain: Any, tmp_path: Path) -> N
     compare(models, plain, tmp_path, "pipelined", "trainer")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS)
+ONCE_IN_CI = {"pipelined", "tensor-parallel", "sharded", "pipelined-tensor-parallel"}
+"""A minute each on two cores; `make exhaustive` runs the others."""
+
+
+@pytest.mark.parametrize(
+    "plan", [pytest.param(p, marks=pytest.mark.slow if p in ONCE_IN_CI else pytest.mark.exhaustive) for p in PLANS]
+)
 def test_every_habit(models: Path, plain: Any, tmp_path: Path, plan: str) -> None:
     compare(models, plain, tmp_path, plan, *FAMILIES)
 
 
 @pytest.mark.slow
 def test_every_habit_while_weights_are_still_in_their_files(models: Path, plain: Any, tmp_path: Path) -> None:
-    compare(models, plain, tmp_path, "sharded", *FAMILIES, options=("--lazy",))
+    others = [name for name in FAMILIES if name != "tuning"]  # which has a line of its own, before it loads
+    compare(models, plain, tmp_path, "sharded", *others, options=("--lazy",))
 
 
 @pytest.mark.slow
