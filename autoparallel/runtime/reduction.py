@@ -86,14 +86,20 @@ class _Bucket:
         self._spares = Spares()
         self._flat: Tensor | None = None
         self._work: dist.Work | None = None
+        self._sizes = [p.master.numel() for p in placed]
+        if len(placed) > 1:
+            self._buffer().zero_()  # a system gives memory when it is written first, which no step shall wait for
+
+    def _buffer(self) -> Tensor:
+        size, device = torch.Size([sum(self._sizes)]), self.placed[0].master.device
+        return self._spares.take(size, dtype=self.dtype, device=device)
 
     def begin(self) -> None:
         self.missing = {p.name for p in self.placed}
         if len(self.placed) == 1:
             return
-        sizes = [p.master.numel() for p in self.placed]
-        self._flat = self._spares.take(torch.Size([sum(sizes)]), dtype=self.dtype, device=self.placed[0].master.device)
-        for p, part in zip(self.placed, self._flat.split(sizes), strict=True):
+        self._flat = self._buffer()
+        for p, part in zip(self.placed, self._flat.split(self._sizes), strict=True):
             p.room = part.view(p.master.shape)
 
     def settle(self) -> None:
