@@ -177,7 +177,9 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert done.returncode == 128 + signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM))]
+)
 def test_no_rank_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
     mark = "open(f'pid{launch.rank()}', 'w').write(str(os.getpid()))\nprint('up')\ntime.sleep(50)\n"
     write(tmp_path, "launch.ensure_launched(flavor(2))\nlaunch.dist.barrier()\n" + mark)

@@ -141,7 +141,6 @@ QUICK = [
     "replicas",
     "frozen-stage",
     "tensor-full",
-    "sequence-selective-gpt2",
     "parameters-sharded-sequence",
     "zero-bubble",
 ]

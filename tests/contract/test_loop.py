@@ -65,10 +65,8 @@ def check(reference: tuple[Path, dict[str, Any], Path], found: dict[str, Any], o
     assert (out / "config.json").read_text() == (plain / "config.json").read_text()
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "phi3", "gpt_neox")]
-
-
-@pytest.mark.parametrize("family", ["gemma2", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "llama", "phi3", "gpt_neox"])
 def test_a_family_nobody_wrote_code_for(family: str, references: Any, tmp_path: Path) -> None:
     reference = references(family)
     check(reference, run(reference[0], tmp_path / "out", "--line", "compile", flavor="cpu:2"), tmp_path / "out")
@@ -90,6 +88,7 @@ def test_an_optimizer_made_before_compile_on_four_processes(references: Any, tmp
     check(reference, found, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_torchrun_is_the_same(references: Any, tmp_path: Path) -> None:
     reference = references("qwen2")
     torchrun = (
