@@ -100,9 +100,7 @@ def test_a_covering_sample_covers() -> None:
 SAMPLED = [*FAMILIES, *UNSEEN]
 
 
-@pytest.mark.parametrize(
-    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in SAMPLED]
-)
+@pytest.mark.parametrize("family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in SAMPLED])
 def test_a_few_plans_on_four_ranks(family: str) -> None:
     """A few of the plans in which every pair of choices occurs; `test_every_pair_of_choices` runs them all."""
     chosen = covering(offered(4), seed=0)
