@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from autoparallel.cost.memory import peaks
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Recomputation, Strategy
-from autoparallel.search.stage_times import Overheads
+from autoparallel.search.stage_times import Overheads, with_head
 
 Array = NDArray[np.int64]
 PICO = 1e-12
@@ -56,7 +56,10 @@ class Ranges:
         gathers = sharding.forward_gathers + sharding.backward_gathers
         forward_ps = np.array([_ps(cost.forward_s + cost.forward_comm_s) for cost in self.costs], dtype=np.int64)
         compute_ps = _running_sums(forward_ps + self._backward_ps)
-        return compute_ps + self._sharded_ps(gathers=gathers, reduces=sharding.backward_reduces)
+        sharded_ps = self._sharded_ps(gathers=gathers, reduces=sharding.backward_reduces)
+        if self.strategy.keeps_head:
+            sharded_ps[:, -1] -= sharding.backward_gathers * self._head_gather_ps
+        return compute_ps + sharded_ps
 
     @cached_property
     def step_ps(self) -> Array:
@@ -80,6 +83,13 @@ class Ranges:
             times = times + reduces * _each(self.overheads.reduce_scatter_s, self.trainable)
         sums: Array = times.cumsum(axis=1)
         return sums
+
+    @property
+    def _head_gather_ps(self) -> Array:
+        """[first]: gathering what is gathered together with the last segment, once."""
+        elements = [[int(self.total[f, i]) for i in with_head(self.workload, f)] for f in range(self.num_segments)]
+        gathers = [sum(_ps(self.overheads.gather_s(n)) for n in counts) for counts in elements]
+        return np.array(gathers, dtype=np.int64)
 
     def _split(self, segments: tuple[int, ...]) -> Array:
         """1 where a range holds some of the segments and not all."""

@@ -158,15 +158,13 @@ class StageSeconds:
         return StageSeconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def _with_head(workload: Workload, plan: StagePlan) -> set[int]:
-    """The model's last segment and those of its stage that share a parameter with it: they are gathered together."""
-    last, segments = len(workload.segment_classes) - 1, range(plan.first_segment, plan.last_segment + 1)
-    if last not in segments:
-        return set()
-    return {
-        last,
-        *(i for shared in workload.shared if last in shared.segments for i in shared.segments if i in segments),
-    }
+def with_head(workload: Workload, first: int) -> list[int]:
+    """The model's last segment, and those of a stage from `first` to it that share a parameter with it: they are
+    gathered together.
+    """
+    last = len(workload.segment_classes) - 1
+    sharing = {i for shared in workload.shared if last in shared.segments for i in shared.segments if i >= first}
+    return sorted(sharing | {last})
 
 
 def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> StageSeconds:
@@ -181,9 +179,8 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         counts = segment_parameters(workload, plan)
         gathers_s = [overheads.gather_s(count.trainable + count.frozen) for count in counts]
         gather_s = sum(gathers_s)
-        kept_s = (
-            sum(gathers_s[i - plan.first_segment] for i in _with_head(workload, plan)) if strategy.keeps_head else 0
-        )
+        if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
+            kept_s = sum(gathers_s[i - plan.first_segment] for i in with_head(workload, plan.first_segment))
         reduce_s = sum(overheads.reduce_scatter_s(count.trainable) for count in counts)
     trainable = workload.stage_parameters(plan.first_segment, plan.last_segment).trainable
     return StageSeconds(
