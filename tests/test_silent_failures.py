@@ -7,7 +7,7 @@ must not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -141,8 +141,13 @@ def gathered_parameters(mended: bool) -> tuple[Values, Values]:
 
 def broadcast_dtype(mended: bool) -> tuple[Values, Values]:
     """A broadcast whose ends disagree on the dtype delivers other numbers."""
+
+    def as_it_lies(buffer: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        buffer.view(flat.dtype)[: flat.numel()] = flat
+
     if not mended:
-        batch_module._payload = torch.stack
+        batch_module._fill = as_it_lies
 
     def run(model: nn.Module) -> Values:
         tokens = {name: value.to(torch.int32) for name, value in make_batch(4, 8).items()}
@@ -156,10 +161,10 @@ def token_count(mended: bool) -> tuple[Values, Values]:
     """The mean of micro-batch means is not the mean of the batch when rows ignore different numbers of labels."""
     whole = Batch.micro_batch
 
-    def local_mean(self: Batch, start: int, rows: int) -> dict[str, torch.Tensor]:
-        inputs = whole(self, start, rows)
-        inputs["num_items"] = (inputs["labels"][:, 1:] != IGNORED).sum() * (self.rows // rows)
-        return inputs
+    def local_mean(self: Batch, start: int, rows: int, names: Collection[str]) -> dict[str, torch.Tensor]:
+        inputs = whole(self, start, rows, {*names, "labels"})
+        counted = (inputs["labels"][:, 1:] != IGNORED).sum() * (self.rows // rows)
+        return {name: counted if name == "num_items" else value for name, value in inputs.items() if name in names}
 
     if not mended:
         Batch.micro_batch = local_mean  # type: ignore[method-assign]
