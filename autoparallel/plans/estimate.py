@@ -41,6 +41,8 @@ class Estimate(Schema):
     2204.02311).
     """
     breakdown_s: Breakdown
+    hidden_comm_s: float = 0.0
+    """Collectives of data parallelism that compute hides, on the critical stage: no part of the step time."""
     replicated_s: float = 0.0
     """The part of compute that every tensor-parallel rank repeats, for want of a dim to divide."""
     stages: tuple[StageEstimate, ...]

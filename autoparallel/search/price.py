@@ -166,6 +166,7 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
         tokens_per_second=workload.batch_size * workload.seq_len / step.step_time_s if step.step_time_s > 0 else 0.0,
         mfu=_mfu(workload, strategy, step.step_time_s),
         breakdown_s=breakdown,
+        hidden_comm_s=strategy.num_micro_batches * rank.hidden_s + rank.hidden_step_s,
         replicated_s=strategy.num_micro_batches * rank.replicated_s,
         stages=tuple(_stage_estimate(workload, strategy, i, rank) for i, rank in enumerate(step.ranks)),
     )

@@ -3,7 +3,7 @@
     end of a rank  = gather + pipeline with its waits + reduction + gradients of tied parameters + optimizer
     step time      = the last end; on a CPU host at least (busy seconds of its processes) / (its cores)
 
-Data-parallel collectives are not overlapped with compute, since the runtime does not promise it.
+Collectives of data parallelism count as far as compute does not hide them (`stage_times`).
 """
 
 from __future__ import annotations
