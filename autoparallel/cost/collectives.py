@@ -76,8 +76,7 @@ class Topology:
             return 0.0
         # Some pair of every distance has a host boundary between its two ranks: host 0's last rank, or one before it.
         if self.flavor.num_hosts > 1:
-            network = self.table.network
-            return network.latency_s.value + size_bytes / network.bandwidth_bytes_per_s.value
+            return self.table.network.latency_s.value + size_bytes / self._network_bytes_per_s
         links = self.table.intra_host
         bandwidth = (links.pairwise_bandwidth_bytes_per_s or links.bandwidth_bytes_per_s).value
         return links.latency_s.value + size_bytes / bandwidth
@@ -98,9 +97,13 @@ class Topology:
         inside = self._host_bandwidth_bytes_per_s(spread.ranks_per_host)
         if spread.num_hosts == 1:
             return inside
-        network = self.table.network
-        between = network.efficiency.value * spread.ranks_per_host * network.bandwidth_bytes_per_s.value
+        between = self.table.network.efficiency.value * spread.ranks_per_host * self._network_bytes_per_s
         return between if spread.ranks_per_host == 1 else min(inside, between)
+
+    @property
+    def _network_bytes_per_s(self) -> float:
+        """Share of one device in its host's ports."""
+        return self.flavor.network_bandwidth_bytes_per_s or self.table.network.bandwidth_bytes_per_s.value
 
     def _host_bandwidth_bytes_per_s(self, num_ranks: int) -> float:
         """Among `num_ranks` devices of one host. In a mesh each uses its links to the others in the group, no more."""

@@ -30,6 +30,7 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
 from autoparallel.ir.ops import ATTENTION, CONVERSIONS, VOCABULARY_CROSS_ENTROPY, flops
 from autoparallel.ir.precision import Precision
+from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.splits import SplitGraph
 from autoparallel.tensor_parallel.values import LoweredSegment
 
@@ -46,18 +47,25 @@ def build_workload(
     precision: Precision,
     tensor_degrees: Iterable[int] = (),
     practice: Practice = OURS,
-    context_parallel: int = 1,
+    only: Strategy | None = None,
 ) -> Workload:
     """Price each distinct segment once per micro-batch size and split; the rest is bookkeeping.
 
-    `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one.
+    `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one. With `only`, all is of that one
+    strategy.
     """
+    context_parallel = 1 if only is None else only.context_parallel
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision, practice, context_parallel)
     sizes = sorted(set(micro_batch_sizes))
     whole = [SplitGraph(graph).lowered(segment) for _, segment in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, whole)
     found, impossible = variants(
-        graph, tensor_degrees, micro_batch_sizes=sizes, seq_len=seq_len, price=pricing.segment_cost
+        graph,
+        tensor_degrees,
+        micro_batch_sizes=sizes,
+        seq_len=seq_len // context_parallel,
+        price=pricing.segment_cost,
+        sequence_parallel=None if only is None else only.sequence_parallel,
     )
     return Workload(
         model_name=graph.model_name,
@@ -70,7 +78,9 @@ def build_workload(
         precision=precision,
         practice=practice,
         segment_classes=graph.segment_classes,
-        costs={size: tuple(pricing.segment_cost(part, size) for part in whole) for size in sizes},
+        costs={size: tuple(pricing.segment_cost(part, size) for part in whole) for size in sizes}
+        if only is None or only.tensor_parallel == 1
+        else dict.fromkeys(sizes, ()),
         parameters=parameters,
         shared=shared,
         step_flops=_step_flops(graph, whole, batch=batch_size, seq=seq_len),

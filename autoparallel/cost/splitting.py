@@ -8,7 +8,8 @@ the leanest in memory for plans in which the fastest does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 
@@ -55,51 +56,80 @@ class Priced:
 
 
 def variants(
-    graph: Graph, degrees: Iterable[int], *, micro_batch_sizes: Sequence[int], seq_len: int, price: Price
+    graph: Graph,
+    degrees: Iterable[int],
+    *,
+    micro_batch_sizes: Sequence[int],
+    seq_len: int,
+    price: Price,
+    sequence_parallel: bool | None = None,
 ) -> tuple[tuple[Variant, ...], dict[int, str]]:
-    """The variants of every degree, and why some degrees have none."""
-    analyses = {cls: analyze(graph, segment) for cls, segment in graph.representatives().items()}
+    """The variants of every degree, and why some degrees have none; with `sequence_parallel`, or without it, or both
+    where it is None.
+    """
+    legal = _legal(graph)
     found: list[Variant] = []
     impossible: dict[int, str] = {}
     for degree in degrees:
-        reason = _why_not(graph, analyses, degree)
+        reason = legal.why_not(degree)
         if reason:
             impossible[degree] = reason
             continue
-        for sequence_parallel in (False, True) if seq_len % degree == 0 else (False,):
-            options = _options(graph, analyses, degree, sequence_parallel)
+        for divided in (False, True) if seq_len % degree == 0 else (False,):
+            if sequence_parallel not in (None, divided):
+                continue
+            options = legal.options(degree, divided)
             for size in micro_batch_sizes:
-                found += _of_size(graph, options, degree, sequence_parallel, size, price)
+                found += _of_size(graph, options, degree, divided, size, price)
     return tuple(found), impossible
 
 
-def _why_not(graph: Graph, analyses: dict[int, Analysis], degree: int) -> str:
-    """The arithmetic, where no dim of any block can be divided."""
-    blocks = set(graph.segment_classes[1:-1]) or set(graph.segment_classes)
-    dims = {name: atom.size for cls in blocks for name, atom in split_names(analyses[cls]).items()}
-    if any(size % degree == 0 for size in dims.values()):
-        return ""
-    listed = ", ".join(f"{name} = {size}" for name, size in list(dims.items())[:6]) or "none that an op can divide"
-    return f"no dim of the blocks divides by {degree}: {listed}"
+@dataclass
+class _Legal:
+    """The legal splits of one graph: found once, however many batches and devices are asked about."""
+
+    graph: Graph
+    _options: dict[tuple[int, bool], dict[int, list[Option]]] = field(default_factory=dict)
+
+    @cached_property
+    def analyses(self) -> dict[int, Analysis]:
+        return {cls: analyze(self.graph, segment) for cls, segment in self.graph.representatives().items()}
+
+    def why_not(self, degree: int) -> str:
+        """The arithmetic, where no dim of any block can be divided."""
+        blocks = set(self.graph.segment_classes[1:-1]) or set(self.graph.segment_classes)
+        dims = {name: atom.size for cls in blocks for name, atom in split_names(self.analyses[cls]).items()}
+        if any(size % degree == 0 for size in dims.values()):
+            return ""
+        listed = ", ".join(f"{name} = {size}" for name, size in list(dims.items())[:6]) or "none that an op can divide"
+        return f"no dim of the blocks divides by {degree}: {listed}"
+
+    def options(self, degree: int, sequence_parallel: bool) -> dict[int, list[Option]]:
+        """By segment class."""
+        if (degree, sequence_parallel) not in self._options:
+            self._options[degree, sequence_parallel] = self._found(degree, sequence_parallel)
+        return self._options[degree, sequence_parallel]
+
+    def _found(self, degree: int, sequence_parallel: bool) -> dict[int, list[Option]]:
+        graph, blocks = self.graph, set(self.graph.segment_classes[1:-1])
+        found = {
+            cls: [
+                Option(split, lowered, sum(prod(lowered.split_of(name).local_shape()) for name in lowered.parameters))
+                for split, lowered in legal_splits(
+                    graph, segment, self.analyses[cls], degree=degree, sequence_parallel=sequence_parallel
+                )
+            ]
+            for cls, segment in graph.representatives().items()
+        }
+        if sequence_parallel:
+            return found
+        # A block that every rank runs whole gains nothing; with its tokens divided it does.
+        return {cls: [o for o in options if o.split or cls not in blocks] or options for cls, options in found.items()}
 
 
-def _options(
-    graph: Graph, analyses: dict[int, Analysis], degree: int, sequence_parallel: bool
-) -> dict[int, list[Option]]:
-    blocks = set(graph.segment_classes[1:-1])
-    found = {
-        cls: [
-            Option(split, lowered, sum(prod(lowered.split_of(name).local_shape()) for name in lowered.parameters))
-            for split, lowered in legal_splits(
-                graph, segment, analyses[cls], degree=degree, sequence_parallel=sequence_parallel
-            )
-        ]
-        for cls, segment in graph.representatives().items()
-    }
-    if sequence_parallel:
-        return found
-    # A block that every rank runs whole gains nothing; with its tokens divided it does.
-    return {cls: [o for o in options if o.split or cls not in blocks] or options for cls, options in found.items()}
+@lru_cache(maxsize=256)
+def _legal(graph: Graph) -> _Legal:
+    return _Legal(graph)
 
 
 def _of_size(

@@ -83,7 +83,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         if asked != have[what]:
             raise ConfigError(
                 f"the strategy ({strategy.summary()}) is for {asked} {what}, not {have[what]}",
-                why="devices = num_stages × tensor_parallel × data_parallel; "
+                why="devices = num_stages × tensor_parallel × context_parallel × data_parallel; "
                 "rows = data_parallel × batch_per_device × num_micro_batches",
                 remedy="change these so that both products match the flavor and the batch size",
             )

@@ -154,7 +154,7 @@ class Ranges:
     @cached_property
     def _fixed_bytes(self) -> Array:
         """Parameters, gradients, optimizer states, workspace and reserve: the largest moment of `cost.memory`."""
-        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.data_parallel
+        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.shard_ways
         transients = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         transient = _from_first(np.array(transients, dtype=np.int64))
         trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)

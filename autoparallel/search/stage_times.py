@@ -59,25 +59,31 @@ class Overheads:
 
     @cached_property
     def sharding(self) -> Sharding:
-        return SHARDING[self.strategy.distribute_param if self.strategy.data_parallel > 1 else 0]
+        return SHARDING[self.strategy.distribute_param if self.strategy.shard_ways > 1 else 0]
 
     @cached_property
     def replicas(self) -> dict[str, int]:
-        return {"group_size": self.strategy.data_parallel, "stride": self.strategy.tensor_parallel}
+        return {"group_size": self.strategy.num_replicas, "stride": self.strategy.tensor_parallel}
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        return {"group_size": self.strategy.shard_ways, "stride": self.strategy.tensor_parallel}
 
     def gather_s(self, elements: int) -> float:
         """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
         if elements == 0:
             return 0.0
         size_bytes = elements * self.workload.precision.compute_bytes
-        return self.topology.all_gather_s(size_bytes, **self.replicas)
+        return self.topology.all_gather_s(size_bytes, **self.shards)
 
     def reduce_scatter_s(self, trainable: int) -> float:
-        """Every rank gets the summed gradients of its shard of a segment."""
+        """Every rank gets the summed gradients of its shard of a segment; groups with the same shards sum theirs."""
         if trainable == 0:
             return 0.0
-        size_bytes = trainable * self.workload.precision.gradient_bytes
-        return self.topology.reduce_scatter_s(size_bytes, **self.replicas)
+        ways, size_bytes = self.strategy.shard_ways, trainable * self.workload.precision.gradient_bytes
+        groups, stride = self.strategy.num_replicas // ways, self.strategy.tensor_parallel * ways
+        across_s = self.topology.all_reduce_s(size_bytes / ways, group_size=groups, stride=stride)
+        return self.topology.reduce_scatter_s(size_bytes, **self.shards) + across_s
 
     def all_reduce_s(self, trainable: int) -> float:
         """Gradients of a whole stage, once a step, where nothing is sharded."""
@@ -103,7 +109,7 @@ class Overheads:
             return 0.0
         size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
         # The cost of a group is known for groups that tile the cluster: the widest such stride crosses as many hosts.
-        ranks_of_a_stage = self.strategy.data_parallel * self.strategy.tensor_parallel
+        ranks_of_a_stage = self.strategy.num_replicas * self.strategy.tensor_parallel
         stride = min(distance * ranks_of_a_stage, self.workload.flavor.num_devices // num_holders)
         return self.topology.all_reduce_s(size_bytes, group_size=num_holders, stride=stride)
 
@@ -117,7 +123,7 @@ class Overheads:
 
     def held(self, elements: int) -> int:
         """Elements in the largest shard of what is sharded over replicas."""
-        ways = self.strategy.data_parallel if self.strategy.distribute_param > 0 else 1
+        ways = self.strategy.shard_ways if self.strategy.distribute_param > 0 else 1
         return -(-elements // ways)
 
 
