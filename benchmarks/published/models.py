@@ -1,0 +1,195 @@
+"""The model of a row in, the nearest Hugging Face architecture out, by family where it is known and by fields otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.published.hardware import Unexpressed
+from benchmarks.published.rows import ModelFacts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of decoders as Hugging Face builds them."""
+
+    model_type: str
+    gated: bool
+    tied: bool
+    """Whether input and output embeddings are one, unless the row says otherwise."""
+    biases: bool
+    learned_positions: bool = False
+    grouped: bool = True
+    """Whether it can have fewer key heads than query heads."""
+    normalizations: int = 1
+    """Parameters of a normalization, per hidden element."""
+
+
+GPT = Architecture("gpt2", gated=False, tied=True, biases=True, learned_positions=True, grouped=False, normalizations=2)
+LLAMA = Architecture("llama", gated=True, tied=False, biases=False)
+NEMOTRON = Architecture("nemotron", gated=False, tied=False, biases=False, normalizations=2)
+NEOX = Architecture("gpt_neox", gated=False, tied=False, biases=True, grouped=False, normalizations=2)
+STARCODER = Architecture("starcoder2", gated=False, tied=True, biases=True, normalizations=2)
+
+FAMILIES: tuple[tuple[tuple[str, ...], Architecture, str], ...] = (
+    (("neox", "pythia"), NEOX, ""),
+    (("nemotron",), NEMOTRON, ""),
+    (("bloom",), GPT, "ALiBi is priced as learned positions"),
+    (("mpt",), GPT, "MPT is priced as GPT-2, which has the same matmuls, biases and learned positions"),
+    (("opt", "gpt", "turing", "megatron", "cerebras"), GPT, ""),
+    (("internlm", "llama", "mistral", "yi", "deepseek", "baichuan", "vicuna", "olmo", "granite", "qwen"), LLAMA, ""),
+)
+"""Words in the family or name of a row, the architecture they stand for, and what is not quite the same."""
+NOT_DECODERS = ("bert", "t5", "vit", "whisper", "clip", "bart", "mamba", "rwkv", "diffusion", "unet", "resnet", "dit")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model without its weights: equal structures are captured once."""
+
+    architecture: Architecture
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_hidden: int
+    vocab: int
+    seq_len: int
+    tied: bool
+    dropout: float = 0.0
+    attention_bias: bool = False
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        mlp = (3 if self.architecture.gated else 2) * self.hidden * self.ffn_hidden
+        norms = 2 * self.architecture.normalizations * self.hidden
+        biases = 0
+        if self.architecture.biases:
+            biases = self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden + self.ffn_hidden + self.hidden
+        return attention + mlp + norms + biases
+
+    @property
+    def num_parameters(self) -> int:
+        """Tied embeddings once."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        positions = self.seq_len * self.hidden if self.architecture.learned_positions else 0
+        return (
+            self.layers * self.block_parameters
+            + embeddings
+            + positions
+            + self.architecture.normalizations * self.hidden
+        )
+
+    @property
+    def train_flops_per_token(self) -> float:
+        """Forward and backward, causality not subtracted: six for each weight that multiplies, twelve times hidden for
+        each layer and each token attended to (Narayanan et al., arXiv 2104.04473; Chowdhery et al., arXiv 2204.02311).
+        """
+        mlp = (3 if self.architecture.gated else 2) * self.hidden * self.ffn_hidden
+        block = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads) + mlp
+        attention = 12 * self.layers * self.heads * self.head_dim * self.seq_len
+        return float(6 * (self.layers * block + self.vocab * self.hidden) + attention)
+
+    def config(self) -> PretrainedConfig:
+        """Torch is imported here, and only here."""
+        import transformers
+
+        return transformers.AutoConfig.for_model(self.architecture.model_type, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        common = {"vocab_size": self.vocab, "tie_word_embeddings": self.tied, "bos_token_id": 0, "eos_token_id": 0}
+        if self.architecture.model_type == "gpt2":
+            return common | {
+                "n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "n_inner": self.ffn_hidden,
+                "n_positions": self.seq_len, "resid_pdrop": self.dropout, "embd_pdrop": self.dropout,
+                "attn_pdrop": self.dropout,
+            }  # fmt: skip
+        settings = common | {
+            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "intermediate_size": self.ffn_hidden, "max_position_embeddings": self.seq_len, "pad_token_id": None,
+        }  # fmt: skip
+        if self.architecture.grouped:
+            settings |= {"num_key_value_heads": self.kv_heads, "attention_bias": self.attention_bias}
+        if self.architecture.model_type in ("llama", "nemotron"):
+            settings |= {"head_dim": self.head_dim}
+        if self.architecture.model_type == "gpt_neox":
+            settings |= {"hidden_dropout": self.dropout, "attention_dropout": self.dropout}
+        return settings
+
+
+def structure_of(facts: ModelFacts, *, dropout: float) -> tuple[Structure, list[str]]:
+    """The row's model, and what had to be assumed of it. Raises Unexpressed."""
+    for field in ("layers", "hidden", "heads", "seq_len"):
+        if getattr(facts, field) is None:
+            raise Unexpressed(f"model.{field} is not stated")
+    assert facts.layers and facts.hidden and facts.heads and facts.seq_len
+    if _has_experts(facts.moe):
+        raise Unexpressed("mixture of experts")
+    architecture, note = _architecture(facts)
+    assumptions = [note] if note else []
+    if facts.head_dim is None and facts.hidden % facts.heads:
+        raise Unexpressed(f"{facts.heads} heads do not divide hidden {facts.hidden}, and head_dim is not stated")
+    ffn_hidden = facts.ffn_hidden or _usual_ffn(facts.hidden, gated=architecture.gated)
+    vocab = facts.vocab or (32000 if architecture.gated else 51200)
+    assumptions += [] if facts.ffn_hidden else [f"ffn_hidden is not stated: {ffn_hidden}"]
+    assumptions += [] if facts.vocab else [f"vocab is not stated: {vocab}"]
+    family = f"{facts.family} {facts.name}".casefold()
+    structure = Structure(
+        architecture=architecture,
+        layers=facts.layers,
+        hidden=facts.hidden,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads or facts.heads,
+        head_dim=facts.head_dim or facts.hidden // facts.heads,
+        ffn_hidden=ffn_hidden,
+        vocab=vocab,
+        seq_len=facts.seq_len,
+        tied=architecture.tied if facts.tied_embeddings is None else facts.tied_embeddings,
+        dropout=dropout if architecture in (GPT, NEOX) else 0.0,
+        attention_bias="internlm" in family or "qwen" in family,
+    )
+    return _as_large_as_stated(structure, facts), assumptions
+
+
+def _architecture(facts: ModelFacts) -> tuple[Architecture, str]:
+    """By the family's or model's name, corrected by the fields, which count for more."""
+    family = f"{facts.family} {facts.name}".casefold()
+    if any(word in family for word in NOT_DECODERS):
+        raise Unexpressed(f"{facts.family or facts.name} is not a decoder-only transformer")
+    grouped = facts.kv_heads is not None and facts.kv_heads != facts.heads
+    for words, architecture, note in FAMILIES:
+        fits = facts.gated_mlp in (None, architecture.gated) and (architecture.grouped or not grouped)
+        if fits and any(word in family for word in words):
+            return architecture, note
+    if facts.gated_mlp:
+        return LLAMA, f"{facts.family or 'an unnamed family'} is priced as Llama: its MLP is gated"
+    architecture = STARCODER if grouped else GPT
+    return architecture, f"{facts.family or 'an unnamed family'} is priced as {architecture.model_type}"
+
+
+def _has_experts(moe: Any) -> bool:
+    """Whatever the field holds: a number of experts, an object with such a number, a flag."""
+    if isinstance(moe, dict):
+        counts = [value for key, value in moe.items() if "expert" in str(key) and isinstance(value, int)]
+        return max(counts, default=2) > 1
+    return bool(moe) and moe != 1
+
+
+def _usual_ffn(hidden: int, *, gated: bool) -> int:
+    """Four times the hidden size; two thirds of that where the MLP is gated, in multiples of 256 (arXiv 2302.13971)."""
+    return -(-8 * hidden // 3 // 256) * 256 if gated else 4 * hidden
+
+
+def _as_large_as_stated(structure: Structure, facts: ModelFacts) -> Structure:
+    """Embeddings tied or not, whichever is nearer to the number of parameters that the row states."""
+    if facts.params is None or facts.tied_embeddings is not None:
+        return structure
+    other = replace(structure, tied=not structure.tied)
+    params = facts.params
+    return min(structure, other, key=lambda one: abs(one.num_parameters - params))

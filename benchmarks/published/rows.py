@@ -1,0 +1,159 @@
+"""A file of published training runs in, one `Run` for each of its rows out; what a row lacks is None, what it has beside
+is ignored. A row that cannot even be read comes back as `Unread`, with the reason: no row is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Count = Annotated[int, Field(ge=1)] | None
+Amount = Annotated[float, Field(gt=0)] | None
+
+
+class Facts(BaseModel):
+    """Part of a row."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Source(Facts):
+    """Where the row was published."""
+
+    name: Text = "unnamed"
+    where: Text = ""
+    url: Text = ""
+
+
+class ModelFacts(Facts):
+    """A decoder."""
+
+    name: Text = ""
+    family: Text = ""
+    layers: Count = None
+    hidden: Count = None
+    heads: Count = None
+    kv_heads: Count = None
+    head_dim: Count = None
+    ffn_hidden: Count = None
+    vocab: Count = None
+    seq_len: Count = None
+    gated_mlp: bool | None = None
+    tied_embeddings: bool | None = None
+    params: Amount = None
+    moe: Any = None
+
+
+class Gpu(Facts):
+    """What the row calls one GPU: a card of two dies is one."""
+
+    name: Text = ""
+    memory_gb: Amount = None
+
+
+class Measured(Facts):
+    """As published; rates are those of model FLOPs unless `tflops_kind` says otherwise."""
+
+    iter_s: Amount = None
+    tokens_per_s: Amount = None
+    tokens_per_s_per_gpu: Amount = None
+    samples_per_s: Amount = None
+    samples_per_s_per_gpu: Amount = None
+    tflops_per_gpu: Amount = None
+    tflops_kind: Text = ""
+    tflops_formula: Text = ""
+    mfu: Amount = None
+    hfu: Amount = None
+    mfu_peak_tflops: Amount = None
+    peak_mem_gb: Amount = None
+    peak_mem_mb: Amount = None
+    param_opt_mem_gib: Amount = None
+    activation_mem_gib: Amount = None
+
+
+class Run(Facts):
+    """One published run. `dp` counts ranks outside `tp`, `pp` and `cp`."""
+
+    id: Text = ""
+    source: Source = Source()
+    model: ModelFacts = ModelFacts()
+    gpu: Gpu = Gpu()
+    n_gpus: Count = None
+    gpus_per_node: Count = None
+    ranks_per_gpu: Count = None
+    interconnect: Text = ""
+    precision: Text = ""
+    global_batch: Count = None
+    micro_batch: Count = None
+    dp: Count = None
+    tp: Count = None
+    pp: Count = None
+    cp: Count = None
+    ep: Count = None
+    sequence_parallel: bool | None = None
+    virtual_stages: Count = None
+    schedule: Text = ""
+    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    recompute: Text = ""
+    attention_kernel: Text = ""
+    framework: Text = ""
+    compile: bool | None = None
+    measured: Measured = Measured()
+    derived: Measured = Measured()
+    quality: Text = ""
+    notes: Text = ""
+
+    @cached_property
+    def said(self) -> str:
+        """Everything the row states in words about how it ran, for facts that have no field."""
+        return f"{self.notes} {self.schedule} {self.recompute} {self.id}".casefold()
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A row that is not one."""
+
+    id: str
+    source: str
+    reason: str
+
+
+def read_runs(path: Path) -> tuple[list[Run], list[Unread]]:
+    """Rows of a file, which is a list of them or has one under `runs`."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = content.get("runs", []) if isinstance(content, dict) else content
+    runs: list[Run] = []
+    unread: list[Unread] = []
+    for number, row in enumerate(rows if isinstance(rows, list) else []):
+        found = read_run(row, number=number)
+        (runs if isinstance(found, Run) else unread).append(found)  # type: ignore[arg-type]
+    return runs, unread
+
+
+def read_run(row: Any, *, number: int = 0) -> Run | Unread:
+    """One row. Empty parts (`null`) count as absent, numbers may be text; anything else that does not fit is `Unread`."""
+    if not isinstance(row, dict):
+        return Unread(id=f"row {number}", source="unnamed", reason=f"the row is a {type(row).__name__}, not an object")
+    stated = {key: value for key, value in row.items() if value is not None}
+    try:
+        return Run.model_validate({"id": f"row {number}", **stated})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("constrained"))
+        source = row.get("source")
+        return Unread(
+            id=str(row.get("id", f"row {number}")),
+            source=str(source.get("name", "unnamed")) if isinstance(source, dict) else "unnamed",
+            reason=f"the field {field} cannot be read: {problem['msg']}",
+        )
