@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import autoparallel
@@ -180,6 +181,7 @@ def estimate(
     return cut_and_price(workload, strategy)
 
 
+@lru_cache(maxsize=256)
 def _graph_dtype(graph: Graph) -> str:
     """Of most parameters."""
     counts = Counter[str]()
