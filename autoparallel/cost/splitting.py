@@ -202,7 +202,8 @@ def _choose(
 
     chosen: dict[int, Option] = {}
     for choices in together:
-        chosen |= min(choices, key=worth)
+        best: dict[int, Option] = min(choices, key=worth)
+        chosen |= best
     return [chosen[cls] for cls in sorted(chosen)]
 
 
