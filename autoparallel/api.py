@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import autoparallel
 from autoparallel.cost.flavors import resolve_flavor
-from autoparallel.cost.practice import OURS, Practice
+from autoparallel.cost.practice import OURS, Attention, Practice
 from autoparallel.cost.tables import CostTable, load_table
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
@@ -128,9 +128,11 @@ def estimate(
     seq_len: int,
     dtype: str = "auto",
     memory_ratio: float = 1.0,
-    attention: Literal["flash", "unfused"] = "flash",
+    attention: Attention = "flash",
     fused: bool = False,
     overlap: bool = True,
+    tensor_overlap: bool = False,
+    dispatch_s: float | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     gradient_dtype: str | None = None,
     master_dtype: str | None = None,
@@ -139,9 +141,10 @@ def estimate(
     """Price one named strategy. Without `stages`, the blocks are cut where that is cheapest; memory is reported, never
     a reason to refuse. `model` may be a captured `Graph` too, whose dtype is then the compute dtype.
 
-    The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16,
-    unfused `attention`, `fused` element-wise kernels, collectives of data parallelism that `overlap` with compute or do
-    not, dtypes of gradients and masters. `table` stands in for the device's cost table.
+    The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
+    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`) and tensor parallelism
+    (`tensor_overlap`) beside compute, dtypes of gradients and masters, host time to launch a kernel (`dispatch_s`).
+    `table` stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
 
@@ -175,7 +178,14 @@ def estimate(
         precision=precision,
         constraints=constraints,
         micro_batch_sizes=[strategy.batch_per_device],
-        practice=Practice(attention=attention, fused=fused, overlap=overlap, matmul_dtype=matmul_dtype),
+        practice=Practice(
+            attention=attention,
+            fused=fused,
+            matmul_dtype=matmul_dtype,
+            overlap=overlap,
+            tensor_overlap=tensor_overlap,
+            dispatch_s=dispatch_s,
+        ),
         only=strategy,
     )
     return cut_and_price(workload, strategy)

@@ -34,7 +34,7 @@ def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practic
 
 def attention_core_bytes(ops: Sequence[Op], size: Size, practice: Practice) -> int:
     """What unfused attention keeps: probabilities, and with dropout its mask and what it leaves."""
-    if practice.attention == "flash":
+    if practice.attention != "unfused":
         return 0
     total = 0
     for op in ops:

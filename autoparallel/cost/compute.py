@@ -35,6 +35,8 @@ TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 tensor core kernels that NVIDIA's guide lists; a library takes the one that ends first."""
 ALIGNMENT_BYTES = 16
 """Rows of operands that are no multiple of it are read in pieces."""
+FIRST_FLASH = 0.7
+"""Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.7 on an A100)."""
 UNALIGNED = 0.6
 """Share of the rate that is left then (assumed; NVIDIA's guide names the requirement, not its price)."""
 
@@ -61,15 +63,21 @@ def peak_flops_per_s(table: CostTable, dtype: str) -> float:
 class Device:
     """The rates of a cost table, and what kernels take under them."""
 
-    def __init__(self, table: CostTable) -> None:
+    def __init__(self, table: CostTable, *, dispatch_s: float | None = None) -> None:
         def value(figure: Figure | None) -> float:
             return 0.0 if figure is None else figure.value
 
         self.table = table
         self.memory_bytes_per_s = table.memory_bandwidth_bytes_per_s.value * table.memory_efficiency.value
-        self.attention_efficiency = table.attention_efficiency.value
+        attention = table.attention_efficiency.value
+        self.attention_efficiency = {
+            "flash": attention,
+            "flash-1": attention * FIRST_FLASH,
+            "vendor": value(table.vendor_attention_efficiency) or attention,
+        }
         self.special_s = 0.0 if table.special_functions_per_s is None else 1 / table.special_functions_per_s.value
-        self.launch_s, self.dispatch_s = table.launch_overhead_s.value, value(table.dispatch_s)
+        self.launch_s = table.launch_overhead_s.value
+        self.dispatch_s = value(table.dispatch_s) if dispatch_s is None else dispatch_s
         self.units, self.fill = value(table.compute_units), value(table.matmul_fill_depth)
         self._matmuls: dict[tuple[str, int, int, int, int], float] = {}
 
@@ -85,7 +93,8 @@ class Device:
         if kernel.kind == "matmul":
             busy_s = self._matmul_s(kernel.dtype, kernel.products, kernel.rows, kernel.columns, kernel.depth)
         else:
-            busy_s = kernel.flops / (peak_flops_per_s(self.table, kernel.dtype) * self.attention_efficiency) + special_s
+            rate = peak_flops_per_s(self.table, kernel.dtype) * self.attention_efficiency[kernel.variant]
+            busy_s = kernel.flops / rate + special_s
         return max(moved_s, busy_s) + self.launch_s
 
     def kernels_s(self, kernels: Sequence[Kernel]) -> float:

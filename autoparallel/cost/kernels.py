@@ -59,6 +59,8 @@ class Kernel(NamedTuple):
     """Of attention, those it really executes."""
     special: float = 0.0
     """Exponentials and the like."""
+    variant: str = ""
+    """Of attention: whose kernel."""
 
 
 class OpKernels(NamedTuple):
@@ -181,11 +183,14 @@ def _attention(op: Op, size: Size, practice: Practice) -> OpKernels:
     dtype = query.dtype
     ways = size.context_parallel
     forward = Kernel(
-        "attention", dtype, forward_bytes(op, **size.local), flops=counted.executed_forward / ways, special=scores
+        "attention",
+        dtype,
+        forward_bytes(op, **size.local),
+        flops=counted.executed_forward / ways,
+        special=scores,
+        variant=practice.attention,
     )
-    backward = Kernel(
-        "attention", dtype, backward_bytes(op, **size.local), flops=counted.executed_backward / ways, special=scores
-    )
+    backward = forward._replace(moved_bytes=backward_bytes(op, **size.local), flops=counted.executed_backward / ways)
     return OpKernels((op,), (forward,), (backward,) if trained else ())
 
 

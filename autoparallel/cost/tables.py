@@ -146,6 +146,8 @@ class CostTable(Schema):
     """Depth that a tile could have done while it begins and ends."""
     attention_efficiency: Fraction
     """Of the fused attention kernel, over the FLOPs it really executes, exponentials apart."""
+    vendor_attention_efficiency: Fraction | None = None
+    """The same of the vendor's own kernel, where that is another one."""
     special_functions_per_s: PerSecond | None = None
     """Exponentials, logarithms and the like, of the whole device."""
     launch_overhead_s: Seconds
