@@ -131,6 +131,7 @@ def estimate(
     attention: Attention = "flash",
     fused: bool = False,
     overlap: bool = True,
+    gathers_ahead: bool = True,
     tensor_overlap: bool = False,
     dispatch_s: float | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
@@ -142,8 +143,9 @@ def estimate(
     a reason to refuse. `model` may be a captured `Graph` too, whose dtype is then the compute dtype.
 
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
-    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`) and tensor parallelism
-    (`tensor_overlap`) beside compute, dtypes of gradients and masters, host time to launch a kernel (`dispatch_s`).
+    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_ahead`) and tensor
+    parallelism (`tensor_overlap`) beside compute, dtypes of gradients and masters, host time to launch a kernel
+    (`dispatch_s`).
     `table` stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
@@ -183,6 +185,7 @@ def estimate(
             fused=fused,
             matmul_dtype=matmul_dtype,
             overlap=overlap,
+            gathers_ahead=gathers_ahead,
             tensor_overlap=tensor_overlap,
             dispatch_s=dispatch_s,
         ),

@@ -139,7 +139,8 @@ def _contraction(op: Op, size: Size, practice: Practice) -> OpKernels:
     first, second = (op.inputs[i] for i in contracted_inputs(op)[:2])
     count, rows, columns, depth = _sizes(op, first, second, size)
     element = DTYPE_BYTES[op.outputs[0].dtype]
-    dtype = practice.matmul_dtype or op.outputs[0].dtype
+    low = practice.matmul_dtype if op.target in DEFERRABLE else None
+    dtype = low or op.outputs[0].dtype
     moved = count * (rows * depth + depth * columns + rows * columns) * element
 
     def product(m: int, n: int, k: int) -> Kernel:
@@ -154,7 +155,12 @@ def _contraction(op: Op, size: Size, practice: Practice) -> OpKernels:
         weights.append(Kernel("memory", op.outputs[0].dtype, count * rows * columns * element))
     if op.target not in DEFERRABLE:
         backward, weights = backward + weights, []
-    return OpKernels((op,), (product(rows, columns, depth),), tuple(backward), tuple(weights))
+    forward = [product(rows, columns, depth)]
+    if low is not None:
+        # Written in the low dtype twice, as it is and transposed: only rows can be contracted (arXiv 2209.05433).
+        forward.insert(0, Kernel("memory", dtype, rows * depth * (element + 2)))
+        backward.insert(0, Kernel("memory", dtype, rows * columns * (element + 2)))
+    return OpKernels((op,), tuple(forward), tuple(backward), tuple(weights))
 
 
 def _sizes(op: Op, first: TensorSpec, second: TensorSpec, size: Size) -> tuple[int, int, int, int]:

@@ -24,6 +24,8 @@ class Practice(Schema):
     """Of the operands of matmuls, where it is not the compute dtype (fp8)."""
     overlap: bool = True
     """Whether collectives of data parallelism run beside compute, where a device can do both."""
+    gathers_ahead: bool = True
+    """Whether parameters whose states are sharded are gathered beside the next forward, not after the optimizer."""
     tensor_overlap: bool = False
     """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
     dispatch_s: float | None = Field(default=None, ge=0)

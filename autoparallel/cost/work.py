@@ -64,6 +64,8 @@ class Work:
 def work_of(graph: Graph, lowered: LoweredSegment, size: Size, practice: Practice) -> Work:
     """`graph` tells which parameters are trained."""
     ops = list(lowered.ops)
+    if any(op.segment == graph.num_segments - 1 for op in ops):
+        practice = practice.model_copy(update={"matmul_dtype": None})  # the head's logits stay precise
     found = kernels(ops, size, practice)
     again = {op.name for op in replayed(ops)}
     replay = [part for part in found if part.ops[0].name in again]

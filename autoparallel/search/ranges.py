@@ -77,7 +77,8 @@ class Ranges:
         sharding = self.overheads.sharding
         forward_ps, backward_ps = (_running_sums(window) for window in self._windows_ps)
         trainable = self.trainable.cumsum(axis=1)
-        once = _beside(sharding.gathers_per_step * self._gather_ps, forward_ps)
+        ahead_ps = forward_ps if self.workload.practice.gathers_ahead else np.zeros_like(forward_ps)
+        once = _beside(sharding.gathers_per_step * self._gather_ps, ahead_ps)
         once = once + _beside(sharding.reduces_per_step * self._reduce_ps, backward_ps)
         whole, last = (_each(f, trainable) for f in (self.overheads.all_reduce_s, self.overheads.last_bucket_s))
         once = once + np.maximum(last, whole - backward_ps) + _each(self.overheads.optimizer_s, trainable)

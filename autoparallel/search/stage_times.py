@@ -232,7 +232,8 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         again_s = 0.0 if segment in kept else gather_s
         shown.add(sharding, gather_s, again_s, reduce_s, window)
     forward_s, backward_s = (sum(window[i] for window in room) for i in (0, 1))
-    start_s = _beside(sharding.gathers_per_step * sum(gathers_s), gathers_s[0], forward_s)
+    ahead_s = forward_s if workload.practice.gathers_ahead else 0.0
+    start_s = _beside(sharding.gathers_per_step * sum(gathers_s), gathers_s[0], ahead_s)
     reduce_s = _beside(sharding.reduces_per_step * sum(reduces_s), reduces_s[0], backward_s)
     whole_s = overheads.all_reduce_s(trainable)
     reduce_s += _beside(whole_s, overheads.last_bucket_s(trainable), backward_s)

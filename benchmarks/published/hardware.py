@@ -95,7 +95,7 @@ def device_of(name: str, *, memory_gb: float | None, ranks_per_gpu: int | None) 
     card = load_table(best).memory_bytes.value * 2 / GIB
     if ranks_per_gpu is None and memory_gb and abs(memory_gb / card - 1) < 0.1:
         dies = 2
-    exact = "".join(words) == "".join(_words(best)) or len(same) == 1 and words == [chip]
+    exact = "".join(words) == "".join(_words(best)) or (len(same) == 1 and words == [chip])
     about = "" if exact and not variant else f"{name} is priced by the table of {best}"
     if dies == 2 and ranks_per_gpu is None:
         about = f"{name} of {memory_gb:g} GB is a card of two dies of {best}"

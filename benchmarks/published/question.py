@@ -74,14 +74,13 @@ def question_of(run: Run) -> Question:
     flavor, of_flavor = flavor_of(run)
     assumptions += of_flavor
     layout = _layout(run, flavor, assumptions)
-    seq_len, layout = _packed(run, layout, assumptions)
     strategy = _strategy(run, structure, layout, practice, assumptions)
     return Question(
         structure=structure,
         flavor=flavor,
         strategy=strategy,
         batch_size=layout.global_batch,
-        seq_len=seq_len,
+        seq_len=run.model.seq_len,
         options=_options(run, practice, assumptions),
         assumptions=tuple(assumptions),
     )
@@ -129,19 +128,6 @@ def _batch(run: Run, data: int, pipeline: int, assumptions: list[str]) -> tuple[
     if global_batch % (data * micro_batch):
         raise Unexpressed(f"global_batch {global_batch} is no multiple of dp {data} x micro_batch {micro_batch}")
     return micro_batch, global_batch
-
-
-def _packed(run: Run, layout: Layout, assumptions: list[str]) -> tuple[int, Layout]:
-    """Sequence length and batch as attention sees them: some rows pack a micro-batch into one long sequence."""
-    assert run.model.seq_len is not None
-    if "packed into one" not in run.said and "pack_sample_into_one" not in run.said:
-        return run.model.seq_len, layout
-    assumptions.append(f"{layout.micro_batch} sequences are one of {layout.micro_batch * run.model.seq_len} tokens")
-    long = Layout(
-        layout.data, layout.tensor, layout.pipeline, layout.context, layout.virtual, micro_batch=1,
-        global_batch=layout.global_batch // layout.micro_batch,
-    )  # fmt: skip
-    return layout.micro_batch * run.model.seq_len, long
 
 
 def _strategy(run: Run, structure: Structure, layout: Layout, practice: Practice, assumptions: list[str]) -> Strategy:
