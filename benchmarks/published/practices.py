@@ -27,6 +27,8 @@ class Practice:
     master_dtype: str = "float32"
     optimizer: str = "adamw"
     dropout: float = 0.0
+    fills_stages: bool = False
+    """Layers that do not divide over the stages fill all but the last; otherwise they are spread."""
 
 
 PRACTICES: tuple[Practice, ...] = (
@@ -52,6 +54,14 @@ PRACTICES: tuple[Practice, ...] = (
         overlap=False,
         attention="unfused",
         dropout=0.1,
+        fills_stages=True,
+    ),
+    Practice(
+        ("aa-scaling", "aleph"),
+        "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; that 13B in bf16 fits on one GPU "
+        "says that gradients are bf16 too",
+        fused=False,
+        distribute_param=1,
     ),
     Practice(
         ("bridge", "nemo 2", "nemo 1", "megatron-core", "mcore", "primus", "transformer engine"),

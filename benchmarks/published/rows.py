@@ -1,5 +1,5 @@
-"""A file of published training runs in, one `Run` for each of its rows out; what a row lacks is None, what it has beside
-is ignored. A row that cannot even be read comes back as `Unread`, with the reason: no row is dropped.
+"""A file of published training runs in, one `Run` for each of its rows out; what a row lacks is None, what it has
+beside is ignored. A row that cannot even be read comes back as `Unread`, with the reason: no row is dropped.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,7 @@ def _text(value: Any) -> str:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
+T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)] | None
 Amount = Annotated[float, Field(gt=0)] | None
 
@@ -82,6 +83,13 @@ class Measured(Facts):
     activation_mem_gib: Amount = None
 
 
+class Repeat(Facts):
+    """The same run once more: with another version of the software, say."""
+
+    iter_s: Amount = None
+    tokens_per_s_per_gpu: Amount = None
+
+
 class Run(Facts):
     """One published run. `dp` counts ranks outside `tp`, `pp` and `cp`."""
 
@@ -111,13 +119,31 @@ class Run(Facts):
     compile: bool | None = None
     measured: Measured = Measured()
     derived: Measured = Measured()
+    repeats: tuple[Repeat, ...] = ()
+    outcome: Text = ""
+    """`out of memory` where the run failed."""
     quality: Text = ""
     notes: Text = ""
 
     @cached_property
     def said(self) -> str:
         """Everything the row states in words about how it ran, for facts that have no field."""
-        return f"{self.notes} {self.schedule} {self.recompute} {self.id}".casefold()
+        return f"{self.notes} {self.schedule} {self.recompute}".casefold()
+
+    @property
+    def out_of_memory(self) -> bool:
+        return "memory" in self.outcome.casefold() or "oom" in self.outcome.casefold()
+
+
+class Unexpressed(Exception):
+    """Why there is no question that we can ask of a row."""
+
+
+def stated(value: T | None, name: str) -> T:
+    """What a row must state."""
+    if value is None:
+        raise Unexpressed(f"{name} is not stated")
+    return value
 
 
 @dataclass(frozen=True)
@@ -142,7 +168,7 @@ def read_runs(path: Path) -> tuple[list[Run], list[Unread]]:
 
 
 def read_run(row: Any, *, number: int = 0) -> Run | Unread:
-    """One row. Empty parts (`null`) count as absent, numbers may be text; anything else that does not fit is `Unread`."""
+    """One row. Empty parts (`null`) count as absent, numbers may be text; whatever else does not fit is `Unread`."""
     if not isinstance(row, dict):
         return Unread(id=f"row {number}", source="unnamed", reason=f"the row is a {type(row).__name__}, not an object")
     stated = {key: value for key, value in row.items() if value is not None}
