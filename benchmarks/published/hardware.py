@@ -81,10 +81,11 @@ def device_of(name: str, *, memory_gb: float | None, ranks_per_gpu: int | None) 
     if not chip or not same:
         raise Unexpressed(f"no cost table for the GPU {name!r}")
 
-    def unlike(table: str) -> tuple[bool, float, str]:
-        """Another form first (SXM where none is named), then the distance in memory."""
+    def unlike(table: str) -> tuple[bool, bool, float, str]:
+        """Another name, another form (SXM where none is named), the distance in memory."""
         memory = load_table(table).memory_bytes.value / GIB
-        return _form(tables[table]) != _form(words), abs(memory - (memory_gb or memory)), table
+        other_form = _form(tables[table]) != _form(words)
+        return tables[table] != words, other_form, abs(memory - (memory_gb or memory)), table
 
     best = min(same, key=unlike)
     dies = ranks_per_gpu or 1

@@ -70,8 +70,10 @@ class Structure:
         mlp = (3 if self.architecture.gated else 2) * self.hidden * self.ffn_hidden
         norms = 2 * self.architecture.normalizations * self.hidden
         biases = 0
+        if self.architecture.biases or self.attention_bias:
+            biases += self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden
         if self.architecture.biases:
-            biases = self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden + self.ffn_hidden + self.hidden
+            biases += self.ffn_hidden + self.hidden
         return attention + mlp + norms + biases
 
     @property

@@ -66,7 +66,7 @@ def question_of(run: Run) -> Question:
         "data_parallel": layout.data,
         "batch_per_device": layout.micro_batch,
         "num_micro_batches": layout.num_micro_batches,
-        "distribute_param": _distribute_param(run, structure, flavor, layout, options, assumptions),
+        "distribute_param": _sharded(run, structure, flavor, layout, options, assumptions),
         "sequence_parallel": _sequence_parallel(run, layout, practice, assumptions),
         "schedule": _schedule(run, layout),
         "virtual_stages": layout.virtual,
@@ -106,11 +106,15 @@ def _context(layout: Layout) -> dict[str, int]:
     return {"context_parallel": layout.context}
 
 
-def _distribute_param(
+def _distribute_param(run: Run) -> int:
+    return practice_of(run.framework).distribute_param if run.zero is None else run.zero
+
+
+def _sharded(
     run: Run, structure: Structure, flavor: Flavor, layout: Layout, options: Options, assumptions: list[str]
 ) -> int:
     """As stated. A run whose parameters and gradients alone exceed the memory has sharded them whatever it states."""
-    level = practice_of(run.framework).distribute_param if run.zero is None else run.zero
+    level = _distribute_param(run)
     if run.zero is None and layout.data > 1:
         assumptions.append(f"zero is not stated: {level}")
     gradient_bytes = 4 if options.gradient_dtype == "float32" else 2
@@ -200,7 +204,7 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         dtype=_dtype(run.precision, assumptions),
         attention=practice.attention if not kernel else ("unfused" if unfused else "flash"),
         fused=practice.fused or merged if run.compile is None else run.compile,
-        overlap=practice.overlap,
+        overlap=_distribute_param(run) >= practice.overlaps_from,
         optimizer=practice.optimizer,
         gradient_dtype=_gradient_dtype(run, practice),
         master_dtype=practice.master_dtype,

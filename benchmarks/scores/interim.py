@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def estimate(question: Question, *, table: CostTable | None = None) -> Estimate:
 
 
 def _deep(workload: Workload, layers: int) -> Workload:
-    def stretched(values: tuple, /) -> tuple:
+    def stretched(values: tuple[Any, ...], /) -> tuple[Any, ...]:
         return (values[0], *[values[1]] * layers, values[-1]) if values else values
 
     def moved(shared: tuple[SharedParameters, ...]) -> tuple[SharedParameters, ...]:
