@@ -115,7 +115,7 @@ class Structure:
             return common | {
                 "n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "n_inner": self.ffn_hidden,
                 "n_positions": self.seq_len, "resid_pdrop": self.dropout, "embd_pdrop": self.dropout,
-                "attn_pdrop": self.dropout,
+                "attn_pdrop": self.dropout, "activation_function": "gelu",
             }  # fmt: skip
         settings = common | {
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
