@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,35 @@ def test_a_row_may_lack_anything_and_have_more() -> None:
     assert isinstance(bare, Run)
     assert (bare.id, bare.source.name, bare.n_gpus, bare.notes) == ("row 3", "unnamed", None, "")
     assert read_run({**ROW, "n_gpus": "16", "zero": 1.0}) == read_run(ROW)
+    loose = read_run(
+        {**ROW, "micro_batch": "auto", "virtual_stages": 0, "ep": "none", "zero": "ZeRO-3", "recompute": True}
+    )
+    assert isinstance(loose, Run)
+    assert (loose.micro_batch, loose.virtual_stages, loose.ep, loose.zero) == (None, None, None, 3)
+    assert question_of(loose).strategy.recomputation == "full"
+
+
+def test_no_row_breaks_the_reader_or_the_question() -> None:
+    """Fields dropped or replaced by anything, at every depth."""
+    rows = json.loads((PUBLISHED / "runs.json").read_text())["runs"]
+    chance = random.Random(0)
+    values: list[Any] = [None, -1, 0, 1, 7, "x", "", [], {}, True, 1e30, 2.5, "16", "none", [1, 2], {"a": 1}, math.nan]
+    for _ in range(1000):
+        row = copy.deepcopy(chance.choice(rows))
+        for _ in range(chance.randint(1, 4)):
+            parts = [row, *[part for part in row.values() if isinstance(part, dict) and part]]
+            part = chance.choice(parts)
+            part[chance.choice(list(part))] = chance.choice(values)
+        run = read_run(row)
+        if isinstance(run, Unread):
+            assert run.reason
+            continue
+        try:
+            asked = question_of(run)
+        except Unexpressed:
+            continue
+        step_time(run, asked)
+        assert asked.strategy.batch_size == asked.batch_size
 
 
 def test_a_row_that_cannot_be_read_is_counted_with_its_field(tmp_path: Path) -> None:
@@ -108,6 +140,8 @@ def test_stated_parameters_are_met_exactly() -> None:
         ({**LLAMA, "family": "brand-new"}, "llama", False),
         ({**GPT, "family": "nemotron", "kv_heads": 8}, "nemotron", False),
         ({**GPT, "family": "gpt-neox"}, "gpt_neox", False),
+        ({**GPT, "name": "gpt5b"}, "gpt2", True),
+        ({**LLAMA, "family": "gemma", "head_dim": 256}, "llama", True),
         ({**GPT, "family": "brand-new", "kv_heads": 8}, "starcoder2", True),
         ({**GPT, "family": "brand-new"}, "gpt2", True),
         ({**LLAMA, "tied_embeddings": True}, "llama", True),
@@ -140,7 +174,9 @@ def test_structures_are_as_large_as_hugging_face_builds_them() -> None:
         ({"global_batch": 63}, "no multiple"),
         ({"model": {**LLAMA, "layers": None}}, "layers is not stated"),
         ({"model": {**LLAMA, "moe": {"num_experts": 8}}}, "mixture of experts"),
+        ({"model": {**LLAMA, "name": "Mixtral-8x7B"}}, "mixture of experts"),
         ({"model": {**LLAMA, "family": "bert"}}, "decoder"),
+        ({"model": {**GPT, "family": "flan-t5"}}, "decoder"),
         ({"gpu": {"name": "TPU v4"}}, "no cost table"),
         ({"precision": "int3"}, "precision"),
         ({"ep": 4}, "expert"),

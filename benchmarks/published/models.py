@@ -34,16 +34,18 @@ NEMOTRON = Architecture("nemotron", gated=False, tied=False, biases=False, norma
 NEOX = Architecture("gpt_neox", gated=False, tied=False, biases=True, grouped=False, normalizations=2)
 STARCODER = Architecture("starcoder2", gated=False, tied=True, biases=True, normalizations=2)
 
-FAMILIES: tuple[tuple[tuple[str, ...], Architecture, str], ...] = (
-    (("neox", "pythia"), NEOX, ""),
-    (("nemotron",), NEMOTRON, ""),
-    (("bloom",), GPT, "ALiBi is priced as learned positions"),
-    (("mpt",), GPT, "MPT is priced as GPT-2, which has the same matmuls, biases and learned positions"),
-    (("opt", "gpt", "turing", "megatron", "cerebras"), GPT, ""),
-    (("internlm", "llama", "mistral", "yi", "deepseek", "baichuan", "vicuna", "olmo", "granite", "qwen"), LLAMA, ""),
+FAMILIES: tuple[tuple[str, Architecture, str], ...] = (
+    (r"neox|pythia|gpt-?j\b|\bphi-?[12]", NEOX, ""),
+    (r"nemotron", NEMOTRON, ""),
+    (r"bloom", GPT, "ALiBi is priced as learned positions"),
+    (r"\bmpt", GPT, "MPT is priced as GPT-2, which has the same matmuls, biases and learned positions"),
+    (r"gpt|\bopt\b|turing|megatron", GPT, ""),
+    (r"gemma", replace(LLAMA, tied=True), ""),
+    (r"llama|mistral|qwen|internlm|\byi\b|deepseek|baichuan|vicuna|olmo|granite|\bphi", LLAMA, ""),
 )
-"""Words in the family or name of a row, the architecture they stand for, and what is not quite the same."""
-NOT_DECODERS = ("bert", "t5", "vit", "whisper", "clip", "bart", "mamba", "rwkv", "diffusion", "unet", "resnet", "dit")
+"""A pattern in the family or name of a row, the architecture it stands for, and what is not quite the same."""
+NOT_DECODERS = r"bert|(?<![a-z])(m?t5|vit|bart|dit|clip)\b|whisper|mamba|rwkv|diffusion|u-?net|resnet"
+EXPERTS = r"mixtral|\bmoe|dbrx|switch|\d+x\d+b"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def structure_of(facts: ModelFacts, *, dropout: float, said: str = "") -> tuple[
     """The row's model, and what had to be assumed of it. Raises Unexpressed."""
     layers, hidden = stated(facts.layers, "model.layers"), stated(facts.hidden, "model.hidden")
     heads, seq_len = stated(facts.heads, "model.heads"), stated(facts.seq_len, "model.seq_len")
-    if _has_experts(facts.moe):
+    if _has_experts(facts.moe) or re.search(EXPERTS, _called(facts)):
         raise Unexpressed("mixture of experts")
     architecture, note = _architecture(facts, said=said)
     assumptions = [note] if note else []
@@ -144,7 +146,6 @@ def structure_of(facts: ModelFacts, *, dropout: float, said: str = "") -> tuple[
     vocab = facts.vocab or (32000 if architecture.gated else 51200)
     assumptions += [] if facts.ffn_hidden else [f"ffn_hidden is not stated: {ffn_hidden}"]
     assumptions += [] if facts.vocab else [f"vocab is not stated: {vocab}"]
-    family = f"{facts.family} {facts.name}".casefold()
     structure = Structure(
         architecture=architecture,
         layers=layers,
@@ -157,27 +158,31 @@ def structure_of(facts: ModelFacts, *, dropout: float, said: str = "") -> tuple[
         seq_len=seq_len,
         tied=architecture.tied if facts.tied_embeddings is None else facts.tied_embeddings,
         dropout=dropout if architecture in (GPT, NEOX) else 0.0,
-        attention_bias="internlm" in family or "qwen" in family,
+        attention_bias=re.search(r"internlm|qwen", _called(facts)) is not None,
     )
     return _as_large_as_stated(structure, facts), assumptions
 
 
 def _architecture(facts: ModelFacts, *, said: str) -> tuple[Architecture, str]:
     """By the family's or model's name, corrected by the fields, which count for more. `said` is what the row says."""
-    family = f"{facts.family} {facts.name}".casefold()
-    if any(word in family for word in NOT_DECODERS):
+    family = _called(facts)
+    if re.search(NOT_DECODERS, family):
         raise Unexpressed(f"{facts.family or facts.name} is not a decoder-only transformer")
     grouped = facts.kv_heads is not None and facts.kv_heads != facts.heads
     if re.search(r"parallel (transformer )?(block|attention|residual)", said) and not facts.gated_mlp and not grouped:
         return NEOX, "attention and MLP side by side are priced as in GPT-NeoX"
-    for words, architecture, note in FAMILIES:
+    for pattern, architecture, note in FAMILIES:
         fits = facts.gated_mlp in (None, architecture.gated) and (architecture.grouped or not grouped)
-        if fits and any(word in family for word in words):
+        if fits and re.search(pattern, family):
             return architecture, note
     if facts.gated_mlp:
         return LLAMA, f"{facts.family or 'an unnamed family'} is priced as Llama: its MLP is gated"
     architecture = STARCODER if grouped else GPT
     return architecture, f"{facts.family or 'an unnamed family'} is priced as {architecture.model_type}"
+
+
+def _called(facts: ModelFacts) -> str:
+    return f"{facts.family} {facts.name}".casefold()
 
 
 def _has_experts(moe: Any) -> bool:

@@ -5,6 +5,7 @@ beside is ignored. A row that cannot even be read comes back as `Unread`, with t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,25 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+def _absent(value: Any) -> Any:
+    """Zero, nothing and words for it are no count and no amount."""
+    words = ("", "none", "null", "n/a", "na", "auto", "unknown", "-")
+    return None if value == 0 or (isinstance(value, str) and value.strip().casefold() in words) else value
+
+
+def _level(value: Any) -> Any:
+    """`ZeRO-3` and `FSDP` are 3."""
+    if not isinstance(value, str):
+        return value
+    digit = re.search(r"\d", value)
+    return int(digit[0]) if digit else 3 if "fsdp" in value.casefold() else None
+
+
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1)] | None
-Amount = Annotated[float, Field(gt=0)] | None
+Text = Annotated[str, BeforeValidator(_text)]
+Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_absent)]
+Amount = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_absent)]
+Level = Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(_level)]
 
 
 class Facts(BaseModel):
@@ -112,7 +128,7 @@ class Run(Facts):
     sequence_parallel: bool | None = None
     virtual_stages: Count = None
     schedule: Text = ""
-    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    zero: Level = None
     recompute: Text = ""
     attention_kernel: Text = ""
     framework: Text = ""
