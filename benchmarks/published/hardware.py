@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from autoparallel.cost.tables import available_devices, load_table
 from autoparallel.ir.flavor import Flavor
-from benchmarks.published.rows import Run
+from benchmarks.published.rows import Run, Unexpressed, stated
 
 GIB = 2**30
 INFINIBAND_GBIT = {"sdr": 10, "qdr": 40, "fdr": 56, "edr": 100, "hdr": 200, "ndr": 400, "xdr": 800}
@@ -26,10 +27,6 @@ RACK = 64
 """GPUs that jobs use of a rack of 72 in one NVLink domain, a power of two."""
 
 
-class Unexpressed(Exception):
-    """Why a row has no question that we can ask."""
-
-
 @dataclass(frozen=True)
 class Device:
     """A cost table and how it stands for the row's GPU."""
@@ -42,12 +39,11 @@ class Device:
 
 def flavor_of(run: Run) -> tuple[Flavor, list[str]]:
     """The cluster, and what had to be assumed of it. Raises Unexpressed."""
-    if run.n_gpus is None:
-        raise Unexpressed("n_gpus is not stated")
+    num_gpus = stated(run.n_gpus, "n_gpus")
     device = device_of(run.gpu.name, memory_gb=run.gpu.memory_gb, ranks_per_gpu=run.ranks_per_gpu)
     assumptions = [device.assumption] if device.assumption else []
     table = load_table(device.table)
-    num_devices = run.n_gpus * device.ranks_per_gpu
+    num_devices = num_gpus * device.ranks_per_gpu
     per_host = (run.gpus_per_node or 0) * device.ranks_per_gpu
     if not per_host:
         per_host = min(num_devices, int(table.devices_per_host.value))
@@ -56,11 +52,11 @@ def flavor_of(run: Run) -> tuple[Flavor, list[str]]:
         per_host = max(per_host, min(RACK, num_devices))
     network = network_bytes_per_s(run.interconnect, devices_per_host=per_host)
     memory_bytes = int(table.memory_bytes.value)
-    stated = int((run.gpu.memory_gb or 0) * GIB) // device.ranks_per_gpu
-    if stated and abs(stated / memory_bytes - 1) > 0.1:
-        memory_bytes = stated
+    published = int((run.gpu.memory_gb or 0) * GIB) // device.ranks_per_gpu
+    if published and abs(published / memory_bytes - 1) > 0.1:
+        memory_bytes = published
     per_host = min(per_host, num_devices)
-    fields = {"network_bandwidth_bytes_per_s": network}
+    fields: dict[str, Any] = {"network_bandwidth_bytes_per_s": network}
     known = {name: value for name, value in fields.items() if name in Flavor.model_fields}
     flavor = Flavor(
         name=f"{-(-num_devices // per_host)}x{per_host}x{device.table}",
@@ -85,10 +81,11 @@ def device_of(name: str, *, memory_gb: float | None, ranks_per_gpu: int | None) 
     if not chip or not same:
         raise Unexpressed(f"no cost table for the GPU {name!r}")
 
-    def unlike(table: str) -> tuple[bool, float, str]:
-        """Another form first (SXM where none is named), then the distance in memory."""
+    def unlike(table: str) -> tuple[bool, bool, float, str]:
+        """Another name, another form (SXM where none is named), the distance in memory."""
         memory = load_table(table).memory_bytes.value / GIB
-        return _form(tables[table]) != _form(words), abs(memory - (memory_gb or memory)), table
+        other_form = _form(tables[table]) != _form(words)
+        return tables[table] != words, other_form, abs(memory - (memory_gb or memory)), table
 
     best = min(same, key=unlike)
     dies = ranks_per_gpu or 1

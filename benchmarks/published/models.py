@@ -1,12 +1,12 @@
-"""The model of a row in, the nearest Hugging Face architecture out, by family where it is known and by fields otherwise."""
+"""The model of a row in, the nearest Hugging Face architecture out: by family where known, by fields otherwise."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.published.hardware import Unexpressed
-from benchmarks.published.rows import ModelFacts
+from benchmarks.published.rows import ModelFacts, Unexpressed, stated
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,16 +34,18 @@ NEMOTRON = Architecture("nemotron", gated=False, tied=False, biases=False, norma
 NEOX = Architecture("gpt_neox", gated=False, tied=False, biases=True, grouped=False, normalizations=2)
 STARCODER = Architecture("starcoder2", gated=False, tied=True, biases=True, normalizations=2)
 
-FAMILIES: tuple[tuple[tuple[str, ...], Architecture, str], ...] = (
-    (("neox", "pythia"), NEOX, ""),
-    (("nemotron",), NEMOTRON, ""),
-    (("bloom",), GPT, "ALiBi is priced as learned positions"),
-    (("mpt",), GPT, "MPT is priced as GPT-2, which has the same matmuls, biases and learned positions"),
-    (("opt", "gpt", "turing", "megatron", "cerebras"), GPT, ""),
-    (("internlm", "llama", "mistral", "yi", "deepseek", "baichuan", "vicuna", "olmo", "granite", "qwen"), LLAMA, ""),
+FAMILIES: tuple[tuple[str, Architecture, str], ...] = (
+    (r"neox|pythia|gpt-?j\b|\bphi-?[12]", NEOX, ""),
+    (r"nemotron", NEMOTRON, ""),
+    (r"bloom", GPT, "ALiBi is priced as learned positions"),
+    (r"\bmpt", GPT, "MPT is priced as GPT-2, which has the same matmuls, biases and learned positions"),
+    (r"gpt|\bopt\b|turing|megatron", GPT, ""),
+    (r"gemma", replace(LLAMA, tied=True), ""),
+    (r"llama|mistral|qwen|internlm|\byi\b|deepseek|baichuan|vicuna|olmo|granite|\bphi", LLAMA, ""),
 )
-"""Words in the family or name of a row, the architecture they stand for, and what is not quite the same."""
-NOT_DECODERS = ("bert", "t5", "vit", "whisper", "clip", "bart", "mamba", "rwkv", "diffusion", "unet", "resnet", "dit")
+"""A pattern in the family or name of a row, the architecture it stands for, and what is not quite the same."""
+NOT_DECODERS = r"bert|(?<![a-z])(m?t5|vit|bart|dit|clip)\b|whisper|mamba|rwkv|diffusion|u-?net|resnet"
+EXPERTS = r"mixtral|\bmoe|dbrx|switch|\d+x\d+b"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class Structure:
         mlp = (3 if self.architecture.gated else 2) * self.hidden * self.ffn_hidden
         norms = 2 * self.architecture.normalizations * self.hidden
         biases = 0
+        if self.architecture.biases or self.attention_bias:
+            biases += self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden
         if self.architecture.biases:
-            biases = self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden + self.ffn_hidden + self.hidden
+            biases += self.ffn_hidden + self.hidden
         return attention + mlp + norms + biases
 
     @property
@@ -103,12 +107,17 @@ class Structure:
         return transformers.AutoConfig.for_model(self.architecture.model_type, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        common = {"vocab_size": self.vocab, "tie_word_embeddings": self.tied, "bos_token_id": 0, "eos_token_id": 0}
+        common: dict[str, Any] = {
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         if self.architecture.model_type == "gpt2":
             return common | {
                 "n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "n_inner": self.ffn_hidden,
                 "n_positions": self.seq_len, "resid_pdrop": self.dropout, "embd_pdrop": self.dropout,
-                "attn_pdrop": self.dropout,
+                "attn_pdrop": self.dropout, "activation_function": "gelu",
             }  # fmt: skip
         settings = common | {
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
@@ -123,54 +132,57 @@ class Structure:
         return settings
 
 
-def structure_of(facts: ModelFacts, *, dropout: float) -> tuple[Structure, list[str]]:
+def structure_of(facts: ModelFacts, *, dropout: float, said: str = "") -> tuple[Structure, list[str]]:
     """The row's model, and what had to be assumed of it. Raises Unexpressed."""
-    for field in ("layers", "hidden", "heads", "seq_len"):
-        if getattr(facts, field) is None:
-            raise Unexpressed(f"model.{field} is not stated")
-    assert facts.layers and facts.hidden and facts.heads and facts.seq_len
-    if _has_experts(facts.moe):
+    layers, hidden = stated(facts.layers, "model.layers"), stated(facts.hidden, "model.hidden")
+    heads, seq_len = stated(facts.heads, "model.heads"), stated(facts.seq_len, "model.seq_len")
+    if _has_experts(facts.moe) or re.search(EXPERTS, _called(facts)):
         raise Unexpressed("mixture of experts")
-    architecture, note = _architecture(facts)
+    architecture, note = _architecture(facts, said=said)
     assumptions = [note] if note else []
-    if facts.head_dim is None and facts.hidden % facts.heads:
-        raise Unexpressed(f"{facts.heads} heads do not divide hidden {facts.hidden}, and head_dim is not stated")
-    ffn_hidden = facts.ffn_hidden or _usual_ffn(facts.hidden, gated=architecture.gated)
+    if facts.head_dim is None and hidden % heads:
+        raise Unexpressed(f"{heads} heads do not divide hidden {hidden}, and head_dim is not stated")
+    ffn_hidden = facts.ffn_hidden or _usual_ffn(hidden, gated=architecture.gated)
     vocab = facts.vocab or (32000 if architecture.gated else 51200)
     assumptions += [] if facts.ffn_hidden else [f"ffn_hidden is not stated: {ffn_hidden}"]
     assumptions += [] if facts.vocab else [f"vocab is not stated: {vocab}"]
-    family = f"{facts.family} {facts.name}".casefold()
     structure = Structure(
         architecture=architecture,
-        layers=facts.layers,
-        hidden=facts.hidden,
-        heads=facts.heads,
-        kv_heads=facts.kv_heads or facts.heads,
-        head_dim=facts.head_dim or facts.hidden // facts.heads,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=facts.kv_heads or heads,
+        head_dim=facts.head_dim or hidden // heads,
         ffn_hidden=ffn_hidden,
         vocab=vocab,
-        seq_len=facts.seq_len,
+        seq_len=seq_len,
         tied=architecture.tied if facts.tied_embeddings is None else facts.tied_embeddings,
         dropout=dropout if architecture in (GPT, NEOX) else 0.0,
-        attention_bias="internlm" in family or "qwen" in family,
+        attention_bias=re.search(r"internlm|qwen", _called(facts)) is not None,
     )
     return _as_large_as_stated(structure, facts), assumptions
 
 
-def _architecture(facts: ModelFacts) -> tuple[Architecture, str]:
-    """By the family's or model's name, corrected by the fields, which count for more."""
-    family = f"{facts.family} {facts.name}".casefold()
-    if any(word in family for word in NOT_DECODERS):
+def _architecture(facts: ModelFacts, *, said: str) -> tuple[Architecture, str]:
+    """By the family's or model's name, corrected by the fields, which count for more. `said` is what the row says."""
+    family = _called(facts)
+    if re.search(NOT_DECODERS, family):
         raise Unexpressed(f"{facts.family or facts.name} is not a decoder-only transformer")
     grouped = facts.kv_heads is not None and facts.kv_heads != facts.heads
-    for words, architecture, note in FAMILIES:
+    if re.search(r"parallel (transformer )?(block|attention|residual)", said) and not facts.gated_mlp and not grouped:
+        return NEOX, "attention and MLP side by side are priced as in GPT-NeoX"
+    for pattern, architecture, note in FAMILIES:
         fits = facts.gated_mlp in (None, architecture.gated) and (architecture.grouped or not grouped)
-        if fits and any(word in family for word in words):
+        if fits and re.search(pattern, family):
             return architecture, note
     if facts.gated_mlp:
         return LLAMA, f"{facts.family or 'an unnamed family'} is priced as Llama: its MLP is gated"
     architecture = STARCODER if grouped else GPT
     return architecture, f"{facts.family or 'an unnamed family'} is priced as {architecture.model_type}"
+
+
+def _called(facts: ModelFacts) -> str:
+    return f"{facts.family} {facts.name}".casefold()
 
 
 def _has_experts(moe: Any) -> bool:

@@ -14,8 +14,8 @@ class Practice:
 
     words: tuple[str, ...]
     source: str
-    overlap: bool = True
-    """Gradients are reduced, and sharded parameters gathered, beside compute."""
+    overlaps_from: int = 0
+    """The lowest distribute_param at which gradients are reduced, and parameters gathered, beside compute."""
     fused: bool = True
     """Element-wise kernels are merged: by a compiler, or written so by hand."""
     attention: str = "flash"
@@ -27,8 +27,11 @@ class Practice:
     master_dtype: str = "float32"
     optimizer: str = "adamw"
     dropout: float = 0.0
+    fills_stages: bool = False
+    """Layers that do not divide over the stages fill all but the last; otherwise they are spread."""
 
 
+NEVER = 4
 PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("megascale",),
@@ -41,17 +44,25 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("zero-bubble",),
         "Qi et al., arXiv 2401.10241: Megatron-LM in fp16, no flash attention (its memory of activations says so)",
-        overlap=False,
+        overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
     ),
     Practice(
         ("deepspeed",),
-        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: overlap_comm is off below ZeRO-3, communication "
+        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: overlap_comm is on at ZeRO-3 alone, communication "
         "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax",
-        overlap=False,
+        overlaps_from=3,
         attention="unfused",
         dropout=0.1,
+        fills_stages=True,
+    ),
+    Practice(
+        ("aa-scaling", "aleph"),
+        "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; that 13B in bf16 fits on one GPU "
+        "says that gradients are bf16 too",
+        fused=False,
+        distribute_param=1,
     ),
     Practice(
         ("bridge", "nemo 2", "nemo 1", "megatron-core", "mcore", "primus", "transformer engine"),
@@ -82,7 +93,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("megatron",),
         "Narayanan et al., arXiv 2104.04473, section 4: merged kernels of bias, GeLU, dropout and softmax; gradients "
         "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1",
-        overlap=False,
+        overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
     ),
@@ -121,7 +132,7 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("gemini", "colossal"),
         "ColossalAI's docs of Gemini: parameters and optimizer states in chunks over all ranks, fp32 masters",
-        overlap=False,
+        overlaps_from=NEVER,
         fused=False,
         distribute_param=3,
     ),

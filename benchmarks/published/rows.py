@@ -1,14 +1,15 @@
-"""A file of published training runs in, one `Run` for each of its rows out; what a row lacks is None, what it has beside
-is ignored. A row that cannot even be read comes back as `Unread`, with the reason: no row is dropped.
+"""A file of published training runs in, one `Run` for each of its rows out; what a row lacks is None, what it has
+beside is ignored. A row that cannot even be read comes back as `Unread`, with the reason: no row is dropped.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -17,9 +18,25 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _absent(value: Any) -> Any:
+    """Zero, nothing and words for it are no count and no amount."""
+    words = ("", "none", "null", "n/a", "na", "auto", "unknown", "-")
+    return None if value == 0 or (isinstance(value, str) and value.strip().casefold() in words) else value
+
+
+def _level(value: Any) -> Any:
+    """`ZeRO-3` and `FSDP` are 3."""
+    if not isinstance(value, str):
+        return value
+    digit = re.search(r"\d", value)
+    return int(digit[0]) if digit else 3 if "fsdp" in value.casefold() else None
+
+
+T = TypeVar("T")
 Text = Annotated[str, BeforeValidator(_text)]
-Count = Annotated[int, Field(ge=1)] | None
-Amount = Annotated[float, Field(gt=0)] | None
+Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_absent)]
+Amount = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_absent)]
+Level = Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(_level)]
 
 
 class Facts(BaseModel):
@@ -82,6 +99,13 @@ class Measured(Facts):
     activation_mem_gib: Amount = None
 
 
+class Repeat(Facts):
+    """The same run once more: with another version of the software, say."""
+
+    iter_s: Amount = None
+    tokens_per_s_per_gpu: Amount = None
+
+
 class Run(Facts):
     """One published run. `dp` counts ranks outside `tp`, `pp` and `cp`."""
 
@@ -104,20 +128,38 @@ class Run(Facts):
     sequence_parallel: bool | None = None
     virtual_stages: Count = None
     schedule: Text = ""
-    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    zero: Level = None
     recompute: Text = ""
     attention_kernel: Text = ""
     framework: Text = ""
     compile: bool | None = None
     measured: Measured = Measured()
     derived: Measured = Measured()
+    repeats: tuple[Repeat, ...] = ()
+    outcome: Text = ""
+    """`out of memory` where the run failed."""
     quality: Text = ""
     notes: Text = ""
 
     @cached_property
     def said(self) -> str:
         """Everything the row states in words about how it ran, for facts that have no field."""
-        return f"{self.notes} {self.schedule} {self.recompute} {self.id}".casefold()
+        return f"{self.notes} {self.schedule} {self.recompute}".casefold()
+
+    @property
+    def out_of_memory(self) -> bool:
+        return "memory" in self.outcome.casefold() or "oom" in self.outcome.casefold()
+
+
+class Unexpressed(Exception):
+    """Why there is no question that we can ask of a row."""
+
+
+def stated(value: T | None, name: str) -> T:
+    """What a row must state."""
+    if value is None:
+        raise Unexpressed(f"{name} is not stated")
+    return value
 
 
 @dataclass(frozen=True)
@@ -142,7 +184,7 @@ def read_runs(path: Path) -> tuple[list[Run], list[Unread]]:
 
 
 def read_run(row: Any, *, number: int = 0) -> Run | Unread:
-    """One row. Empty parts (`null`) count as absent, numbers may be text; anything else that does not fit is `Unread`."""
+    """One row. Empty parts (`null`) count as absent, numbers may be text; whatever else does not fit is `Unread`."""
     if not isinstance(row, dict):
         return Unread(id=f"row {number}", source="unnamed", reason=f"the row is a {type(row).__name__}, not an object")
     stated = {key: value for key, value in row.items() if value is not None}
