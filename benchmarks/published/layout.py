@@ -5,7 +5,7 @@ Whatever had to be assumed is appended to `assumptions`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.strategy import Recomputation, StagePlan
@@ -47,7 +47,9 @@ def layout_of(run: Run, flavor: Flavor, assumptions: list[str]) -> Layout:
         assumptions.append(f"dp {run.dp} is stated, and {data} are left of {flavor.num_devices} devices")
     seq_len = stated(run.model.seq_len, "model.seq_len")
     micro_batch, global_batch = _batch(run, data, pipeline, seq_len, assumptions)
-    layout = Layout(
+    if "packed into one" in run.said:
+        assumptions.append(f"attention stays inside each of the {micro_batch} packed samples")
+    return Layout(
         data=data,
         tensor=tensor,
         pipeline=pipeline,
@@ -57,10 +59,6 @@ def layout_of(run: Run, flavor: Flavor, assumptions: list[str]) -> Layout:
         global_batch=global_batch,
         seq_len=seq_len,
     )
-    if "packed into one" not in run.said:
-        return layout
-    assumptions.append(f"{micro_batch} samples are one sequence of {micro_batch * seq_len} tokens")
-    return replace(layout, micro_batch=1, global_batch=global_batch // micro_batch, seq_len=micro_batch * seq_len)
 
 
 def _batch(run: Run, data: int, pipeline: int, seq_len: int, assumptions: list[str]) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoparallel.cost.practice import Attention
+
 
 @dataclass(frozen=True)
 class Practice:
@@ -18,7 +20,15 @@ class Practice:
     """The lowest distribute_param at which gradients are reduced, and parameters gathered, beside compute."""
     fused: bool = True
     """Element-wise kernels are merged: by a compiler, or written so by hand."""
-    attention: str = "flash"
+    attention: Attention = "flash"
+    flash: Attention = "flash"
+    """Whose kernel a row means by "flash" without a version."""
+    gathers_ahead: bool = True
+    """Parameters with sharded states are gathered beside the next forward."""
+    tensor_overlap: bool = False
+    """Collectives of tensor parallelism run beside the matmuls next to them."""
+    dispatch_s: float | None = None
+    """Host time for each kernel, where it is known to be another than PyTorch's."""
     distribute_param: int = 0
     sequence_parallel: bool = False
     """With tensor parallelism."""
@@ -36,7 +46,8 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("megascale",),
         "Jiang et al., arXiv 2402.15627, sections 3.1 to 3.3: ZeRO with prefetched gathers, FlashAttention-2, merged "
-        "normalisation and GeLU",
+        "normalisation and GeLU; collectives of tensor parallelism beside matmuls",
+        tensor_overlap=True,
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="float32",
@@ -51,8 +62,10 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("deepspeed",),
         "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: overlap_comm is on at ZeRO-3 alone, communication "
-        "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax",
+        "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
+        "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
         overlaps_from=3,
+        dispatch_s=54e-6,
         attention="unfused",
         dropout=0.1,
         fills_stages=True,
@@ -66,8 +79,11 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("bridge", "nemo 2", "nemo 1", "megatron-core", "mcore", "primus", "transformer engine"),
-        "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer, gradients and parameters "
-        "overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
+        "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer; gradients, parameters and "
+        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
+        attention="vendor",
+        flash="vendor",
+        tensor_overlap=True,
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="bfloat16",
@@ -85,6 +101,9 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("nemo",),
         "as NeMo's later releases",
+        attention="vendor",
+        flash="vendor",
+        tensor_overlap=True,
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="bfloat16",
@@ -100,14 +119,19 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("llm-foundry", "composer", "mosaic"),
         "llm-foundry's yamls of MPT and Composer's FSDP: no torch.compile, FULL_SHARD with prefetch, low-precision "
-        "LayerNorm, no dropout; mixed_precision DEFAULT reduces in fp32, PURE in the compute dtype",
+        "LayerNorm, no dropout; mixed_precision DEFAULT reduces in fp32, PURE in the compute dtype; the first "
+        "FlashAttention, as its Triton kernel or its package of that year",
+        flash="flash-1",
         fused=False,
         distribute_param=3,
         gradient_dtype="float32",
     ),
     Practice(
         ("internlm", "internevo"),
-        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; gradients in the compute dtype",
+        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; gradients in the compute dtype; "
+        "flash-attn 1 among its requirements",
+        flash="flash-1",
+        gathers_ahead=False,
         distribute_param=1,
     ),
     Practice(

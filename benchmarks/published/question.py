@@ -10,6 +10,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from autoparallel.cost.practice import Attention
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.strategy import Recomputation, ScheduleName, Strategy
 from benchmarks.published.hardware import flavor_of
@@ -30,9 +31,12 @@ class Options:
     """Arguments of `estimate` that say how the framework trains."""
 
     dtype: str
-    attention: str
+    attention: Attention
     fused: bool
     overlap: bool
+    gathers_ahead: bool
+    tensor_overlap: bool
+    dispatch_s: float | None
     optimizer: str
     gradient_dtype: str | None
     master_dtype: str | None
@@ -71,7 +75,7 @@ def question_of(run: Run) -> Question:
         "schedule": _schedule(run, layout),
         "virtual_stages": layout.virtual,
         "shard_group_size": _shard_group_size(run, layout),
-        **_context(layout),
+        "context_parallel": layout.context,
         **_recomputed_stages(run, structure, layout, practice, assumptions),
     }
     try:
@@ -96,14 +100,6 @@ def _check_kind(run: Run) -> None:
         raise Unexpressed("only adapters are trained")
     if re.search(r"\boffload", said) and not re.search(r"\b(no|without) (\w+ )?offload", said):
         raise Unexpressed("tensors are offloaded to the host")
-
-
-def _context(layout: Layout) -> dict[str, int]:
-    if layout.context == 1:
-        return {}
-    if "context_parallel" not in Strategy.model_fields:
-        raise Unexpressed("context parallelism")
-    return {"context_parallel": layout.context}
 
 
 def _distribute_param(run: Run) -> int:
@@ -202,13 +198,25 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
     merged = re.search(r"\b(merged|fused)\b", f"{run.said} {kernel}") is not None
     return Options(
         dtype=_dtype(run.precision, assumptions),
-        attention=practice.attention if not kernel else ("unfused" if unfused else "flash"),
+        attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
         fused=practice.fused or merged if run.compile is None else run.compile,
         overlap=_distribute_param(run) >= practice.overlaps_from,
+        gathers_ahead=practice.gathers_ahead,
+        tensor_overlap=practice.tensor_overlap,
+        dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
         gradient_dtype=_gradient_dtype(run, practice),
         master_dtype=practice.master_dtype,
     )
+
+
+def _flash(kernel: str, practice: Practice) -> Attention:
+    """Whose: as the row says, or as the framework has it."""
+    if re.search(r"transformer.?engine|\bte\b|cudnn|flash.?(attention)?.?3", kernel):
+        return "vendor"
+    if re.search(r"2|sdpa", kernel):
+        return "flash"
+    return practice.flash
 
 
 def _gradient_dtype(run: Run, practice: Practice) -> str | None:
