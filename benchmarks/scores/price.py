@@ -44,6 +44,6 @@ def price(question: Question, table: CostTable | None = None) -> Estimate:
 @cache
 def graph_of(structure: Structure) -> Any:
     """Captured once: seconds, where an estimate takes milliseconds."""
-    from autoparallel.capture.depth import capture_graph  # type: ignore[import-not-found]
+    from autoparallel.capture.depth import capture_graph
 
     return capture_graph(structure.config())
