@@ -55,20 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def score_runs(
     runs: Sequence[Run], unread: Sequence[Unread], *, price: Price, table_without: TableWithout | None = None
 ) -> Report:
-    """Answers to all rows of a scored quality, to the known out-of-memory cases, and the published ratios."""
+    """Answers to all rows of a scored quality, to the sweep that is never fitted, to the known out-of-memory cases, and
+    the published ratios.
+    """
     scored = [run for run in runs if run.quality.casefold() in QUALITIES]
+    asked = {run.id for run in scored}
+    apart = [run for run in read_runs(PUBLISHED / "layouts.json")[0] if run.id not in asked]
     limits, _ = read_runs(PUBLISHED / "limits.json")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("pricing published runs", total=len(scored) + len(limits))
+        task = progress.add_task("pricing published runs", total=len(scored) + len(apart) + len(limits))
 
         def answered(run: Run, without: TableWithout | None) -> Answer:
             progress.advance(task)
             return answer(run, price=price, table_without=without)
 
         answers = [answered(run, table_without) for run in scored]
+        never_fitted = [answered(run, None) for run in apart]
         failures = [answered(run, None) for run in limits]
         shapes = ratios(PUBLISHED / "ratios.json", price=price)
-    return report_of(answers, unread, failures, shapes, unscored=len(runs) - len(scored))
+    return report_of(
+        answers, unread, apart=never_fitted, limits=failures, ratios=shapes, unscored=len(runs) - len(scored)
+    )
 
 
 if __name__ == "__main__":

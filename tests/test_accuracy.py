@@ -175,7 +175,7 @@ def test_no_row_stops_the_others() -> None:
     assert "not today" in found[0].reason
     assert "ZeroDivisionError" in found[2].reason
     assert found[3].reason == "pp is not stated"
-    report = report_of(found, [], [], [])
+    report = report_of(found)
     assert (report.rows, report.expressed, sum(report.reasons.values())) == (4, 1, 3)
 
 
@@ -235,6 +235,9 @@ def test_the_report_accounts_for_every_row_and_is_plain_json() -> None:
     found = json.loads(json.dumps(as_json(report), allow_nan=False))
     assert len(found["rows"]) == report.rows
     assert all(row["reason"] or row["predicted_s"] > 0 for row in found["rows"])
+    assert found["never_fitted"][0]["ours"]["rows"] == 401
+    assert found["memory"]["ran"]["runs"] == 401 + sum(line["ours"]["rows"] for line in found["sources"])
+    assert found["memory"]["boundary_pairs"]["pairs"] > 100
     assert found["over_sources"]["baseline"]["mean"] < found["over_sources"]["ours"]["mean"]
     assert {bar["name"] for bar in found["bars"]} >= {"rows expressed", "plan choice, pairs in order"}
     printed = StringIO()

@@ -52,6 +52,9 @@ class Report:
     reasons: dict[str, int]
     sources: list[Line]
     gpus: list[Line]
+    apart: list[Line]
+    """Sources that no fit has seen, and the baseline by the rates of the others."""
+    apart_choice: Choice | None
     over_sources: dict[str, Average | None]
     """`ours`, `baseline`, `held_out`, `baseline_held_out`."""
     inside: float | None
@@ -119,14 +122,15 @@ def _enough(name: str, limit: int, right: int, among: int) -> Bar:
 
 def report_of(
     answers: Sequence[Answer],
-    unread: Sequence[Unread],
-    limits: Sequence[Answer],
-    ratios: Sequence[Ratio],
+    unread: Sequence[Unread] = (),
     *,
+    apart: Sequence[Answer] = (),
+    limits: Sequence[Answer] = (),
+    ratios: Sequence[Ratio] = (),
     unscored: int = 0,
 ) -> Report:
-    """`limits` are answers to rows that ran out of memory, beside those among `answers`."""
-    rows = timed(answers)
+    """`apart` are answers to rows that are never fitted, `limits` to rows that ran out of memory."""
+    rows, unseen, every = timed(answers), timed(apart), [*answers, *apart, *limits]
     baseline = Baseline(rows)
     sources = _lines(grouped(rows, lambda row: row.run.source.name), baseline)
     found = families(rows)
@@ -142,6 +146,8 @@ def report_of(
         reasons=dict(reasons.most_common()),
         sources=sources,
         gpus=_lines(grouped(rows, lambda row: row.run.gpu.name), baseline),
+        apart=_lines(grouped(unseen, lambda row: row.run.source.name), baseline) if rows else [],
+        apart_choice=choice(families(unseen), at_least=2),
         over_sources={
             "ours": average(line.ours for line in sources),
             "baseline": average(line.baseline for line in sources),
@@ -154,9 +160,9 @@ def report_of(
         families=found,
         choices={size: choice(found, at_least=size) for size in (2, 3)},
         amounts=memory.amounts(answers),
-        ran=memory.ran(answers),
-        failed=memory.failed([*answers, *limits]),
-        boundary=memory.boundary([*answers, *limits]),
+        ran=memory.ran(every),
+        failed=memory.failed(every),
+        boundary=memory.boundary(every),
         ratios=list(ratios),
         fitted={device: _fitted(load_table(device).model_dump()) for device in devices},
         answers=list(answers),
@@ -201,6 +207,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "over_sources": {name: _plain(found) for name, found in report.over_sources.items()},
         "sources": [asdict(line) for line in report.sources],
         "gpus": [asdict(line) for line in report.gpus],
+        "never_fitted": [asdict(line) for line in report.apart],
+        "never_fitted_plan_choice": _plain(report.apart_choice),
         "inside_interval": report.inside,
         "floor": {"spread": report.floor, "groups": report.repeated},
         "plan_choice": {

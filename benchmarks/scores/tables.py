@@ -48,6 +48,8 @@ def _step_time(report: Report, console: Console) -> None:
         if first == "source":
             table.add_section()
             table.add_row("mean over sources", *_average_cells(report))
+            for line in report.apart:
+                table.add_row(f"never fitted: {line.name}", *_cells(line))
         console.print(table, "")
     console.print(
         "baseline: model FLOPs over a rate fitted for each GPU, dtype and level of recomputation on these very rows, "
@@ -98,14 +100,15 @@ def _expressed(report: Report, console: Console) -> None:
 
 
 def _plan_choice(report: Report, console: Console) -> None:
-    if report.choices.get(2) is None:
+    choices = [(f"of {size} layouts and more", found) for size, found in report.choices.items() if found is not None]
+    choices += [("never fitted", report.apart_choice)] if report.apart_choice is not None else []
+    if not choices:
         console.print("plan choice: no two runs differ only in their layout\n")
         return
     title = "Plan choice among runs that differ only in their layout: measured time lost, mean (worst)"
     table = _table(title, "families", "of", "runs", "by our price", "at random", "least TPxPP, largest MB", "pairs")
-    for size, found in report.choices.items():
-        if found is not None:
-            table.add_row(f"of {size} layouts and more", *_choice_cells(found))
+    for name, found in choices:
+        table.add_row(name, *_choice_cells(found))
     console.print(table)
     for family in sorted(report.families, key=lambda family: -family.ours)[:5]:
         if family.ours > 0:
