@@ -42,6 +42,9 @@ bench-speed: install ## the emitted program beside hand-written PyTorch, on this
 bench-accuracy: install ## prices beside published training runs: step time, memory, plan choice
 	$(BIN)/python benchmarks/accuracy.py
 
+fit: install ## fit the cost tables to published training runs
+	$(BIN)/python benchmarks/fit.py
+
 check: install ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -132,6 +132,7 @@ def estimate(
     fused: bool = False,
     overlap: bool = True,
     gathers_ahead: bool = True,
+    gathers_each_parameter: bool = False,
     tensor_overlap: bool = False,
     dispatch_s: float | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
@@ -143,7 +144,7 @@ def estimate(
     a reason to refuse. `model` may be a captured `Graph` too, whose dtype is then the compute dtype.
 
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
-    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_ahead`) and tensor
+    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_...`) and tensor
     parallelism (`tensor_overlap`) beside compute, dtypes of gradients and masters, host time to launch a kernel
     (`dispatch_s`).
     `table` stands in for the device's cost table.
@@ -186,6 +187,7 @@ def estimate(
             matmul_dtype=matmul_dtype,
             overlap=overlap,
             gathers_ahead=gathers_ahead,
+            gathers_each_parameter=gathers_each_parameter,
             tensor_overlap=tensor_overlap,
             dispatch_s=dispatch_s,
         ),

@@ -153,7 +153,6 @@ def test_families_differ_in_their_layout_only() -> None:
         run(global_batch=128),
         run(precision="fp16"),
         run(framework="NeMo"),
-        run(notes="samples packed into one sequence"),
         run(model={**ROW["model"], "layers": 30}),
     ]
     (family,) = families(timed(answer_all([*layouts, *others], price=constant_rate)))

@@ -241,7 +241,8 @@ def test_words_of_a_row_count() -> None:
     assert question(tp=1, pp=1, notes="hybrid sharding (HSDP)").strategy.shard_group_size == 8
     assert question(tp=1, pp=1, notes="sharded over all replicas").strategy.shard_group_size is None
     packed = question(notes="samples packed into one sequence")
-    assert (packed.seq_len, packed.batch_size, packed.strategy.batch_per_device) == (8192, 32, 1)
+    assert (packed.seq_len, packed.batch_size, packed.strategy.batch_per_device) == (4096, 64, 2)
+    assert any("stays inside each" in told for told in packed.assumptions)
     assert question(framework="llm-foundry FSDP", notes="mixed precision PURE").options.gradient_dtype is None
     assert question(framework="llm-foundry FSDP", notes="mixed precision DEFAULT").options.gradient_dtype == "float32"
     assert question(compile=True, framework="PyTorch FSDP").options.fused

@@ -26,6 +26,8 @@ class Practice(Schema):
     """Whether collectives of data parallelism run beside compute, where a device can do both."""
     gathers_ahead: bool = True
     """Whether parameters whose states are sharded are gathered beside the next forward, not after the optimizer."""
+    gathers_each_parameter: bool = False
+    """Whether sharded parameters are gathered and reduced one by one, not a block at once."""
     tensor_overlap: bool = False
     """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
     dispatch_s: float | None = Field(default=None, ge=0)

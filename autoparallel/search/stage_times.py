@@ -42,6 +42,10 @@ SHARDING = {
 }
 
 
+PARAMETERS_OF_A_BLOCK = 12
+"""Tensors: four matrices and two norms with their biases, as GPT has them."""
+
+
 @dataclass(frozen=True)
 class Overheads:
     """Seconds by number of elements. Tensor-parallel ranks are neighbours, replicas stand `tensor_parallel` apart."""
@@ -73,8 +77,8 @@ class Overheads:
         """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
         if elements == 0:
             return 0.0
-        size_bytes = elements * self.workload.precision.compute_bytes
-        return self.topology.all_gather_s(size_bytes, **self.shards)
+        calls, size_bytes = self._calls, elements * self.workload.precision.compute_bytes
+        return calls * self.topology.all_gather_s(size_bytes / calls, **self.shards)
 
     def reduce_scatter_s(self, trainable: int) -> float:
         """Every rank gets the summed gradients of its shard of a segment; groups with the same shards sum theirs."""
@@ -83,7 +87,13 @@ class Overheads:
         ways, size_bytes = self.strategy.shard_ways, trainable * self.workload.precision.gradient_bytes
         groups, stride = self.strategy.num_replicas // ways, self.strategy.tensor_parallel * ways
         across_s = self.topology.all_reduce_s(size_bytes / ways, group_size=groups, stride=stride)
-        return self.topology.reduce_scatter_s(size_bytes, **self.shards) + across_s
+        calls = self._calls
+        return calls * self.topology.reduce_scatter_s(size_bytes / calls, **self.shards) + across_s
+
+    @property
+    def _calls(self) -> int:
+        """Collectives for one segment."""
+        return PARAMETERS_OF_A_BLOCK if self.workload.practice.gathers_each_parameter else 1
 
     def all_reduce_s(self, trainable: int) -> float:
         """Gradients of a whole stage, once a step, where nothing is sharded."""

@@ -25,6 +25,8 @@ class Practice:
     """Whose kernel a row means by "flash" without a version."""
     gathers_ahead: bool = True
     """Parameters with sharded states are gathered beside the next forward."""
+    gathers_each_parameter: bool = False
+    """One collective for each sharded tensor."""
     tensor_overlap: bool = False
     """Collectives of tensor parallelism run beside the matmuls next to them."""
     dispatch_s: float | None = None
@@ -65,6 +67,7 @@ PRACTICES: tuple[Practice, ...] = (
         "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
         "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
         overlaps_from=3,
+        gathers_each_parameter=True,
         dispatch_s=54e-6,
         attention="unfused",
         dropout=0.1,
@@ -132,6 +135,7 @@ PRACTICES: tuple[Practice, ...] = (
         "flash-attn 1 among its requirements",
         flash="flash-1",
         gathers_ahead=False,
+        gathers_each_parameter=True,
         distribute_param=1,
     ),
     Practice(

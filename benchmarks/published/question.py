@@ -35,6 +35,7 @@ class Options:
     fused: bool
     overlap: bool
     gathers_ahead: bool
+    gathers_each_parameter: bool
     tensor_overlap: bool
     dispatch_s: float | None
     optimizer: str
@@ -202,6 +203,7 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         fused=practice.fused or merged if run.compile is None else run.compile,
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
+        gathers_each_parameter=practice.gathers_each_parameter,
         tensor_overlap=practice.tensor_overlap,
         dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
