@@ -57,4 +57,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all exhaustive bench-speed bench-accuracy check format wheel
+.PHONY: help install demo test test-all exhaustive bench-speed bench-accuracy fit check format wheel

@@ -163,7 +163,7 @@ def gather(path: Path) -> list[Rows]:
         rows.questions.append(question)
         rows.measured_s = np.append(rows.measured_s, measured.seconds)
         rows.sources.append(run.source.name)
-    return list(found.values())
+    return sorted(found.values(), key=lambda rows: -len(rows.questions))
 
 
 def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
@@ -180,7 +180,22 @@ def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
     return x, without
 
 
-def write_table(device: str, rows: Rows, x: Array) -> None:
+def spread_of(rows: Rows, without: dict[str, Array]) -> float:
+    """The factor, less one, within which four of five rows lie by the fit without their source."""
+    found, weights = [], rows.weights()
+    for source, x in without.items():
+        mine = [i for i, name in enumerate(rows.sources) if name == source]
+        part = Rows(
+            [rows.questions[i] for i in mine], rows.measured_s[mine], [source] * len(mine), rows.devices, rows.values
+        )
+        found += list(zip(np.abs(part.residuals(x)), weights[mine], strict=True))
+    found.sort()
+    shares = np.cumsum([weight for _, weight in found])
+    index = int(np.searchsorted(shares, 0.8 * shares[-1]))
+    return math.expm1(float(found[index][0]))
+
+
+def write_table(device: str, rows: Rows, x: Array, *, spread: float) -> None:
     """Put the values into the device's file, a figure a line."""
     path = TABLES / f"{device}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -196,6 +211,8 @@ def write_table(device: str, rows: Rows, x: Array) -> None:
             place[last] = {"points": number, **told}
         else:
             place[last] = {"value": number, "unit": _unit(place, last), **told}
+    told = {"kind": "fitted", "source": f"of these runs, each by the {source}, its own source left out"}
+    content["step_time_spread"] = {"value": round(spread, 3), "unit": "fraction", **told}
     path.write_text(lines(content) + "\n", encoding="utf-8")
 
 
@@ -221,12 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     options = parser.parse_args(arguments)
     held_out: dict[str, dict[str, dict[str, Any]]] = {}
-    for rows in gather(options.runs):
+    least_spread = 0.0
+    for rows in gather(options.runs):  # those with most rows come first: others scatter no less
         best, without = fit(rows)
-        print(rows.devices, rows.figures(best))
+        spread = max(spread_of(rows, without), least_spread)
+        least_spread = least_spread or spread
+        print(rows.devices, rows.figures(best), f"spread {spread:.3f}")
         for device in rows.devices:
             if not options.dry:
-                write_table(device, rows, best)
+                write_table(device, rows, best, spread=spread)
             for source, x in without.items():
                 held_out.setdefault(source, {})[device] = rows.figures(x)
     if not options.dry:

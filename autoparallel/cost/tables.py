@@ -158,6 +158,8 @@ class CostTable(Schema):
     network: Network
     devices_per_host: Devices
     """Where the links of `intra_host` end."""
+    step_time_spread: Fraction | None = None
+    """Four of five step times lie within this factor, less one, of what is predicted: the interval of an estimate."""
     reserve_bytes: Bytes
     """Memory that is not the program's: driver context, communication buffers, allocator slack."""
 

@@ -35,6 +35,10 @@ class Estimate(Schema):
     """Predicted step time and memory of one strategy."""
 
     step_time_s: float
+    interval_s: tuple[float, float] | None = None
+    """Of the step time, in which four of five measured ones are expected, by the spread of published runs around what
+    is predicted for them without their source; None where the cost table states no spread.
+    """
     tokens_per_second: float
     mfu: float
     """Model FLOPs (no recomputation, attention uncut by causality) over peak FLOPs of all devices (PaLM, arXiv
