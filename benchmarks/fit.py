@@ -72,8 +72,8 @@ def _values(*, matmul: float, low: float | None, attention: tuple[str, float], l
     return (
         _share("matmul_efficiency.default", matmul, 0.06, "share of the peak that large matmuls reach in training"),
         *(lower if low is not None else []),
-        Value("matmul_fill_depth", 100.0, 0.7, 1.0, 2000.0, "depth that a tile loses at its ends"),
-        _share("memory_efficiency", 0.80, 0.12, "share of the bandwidth that element-wise kernels reach"),
+        Value("matmul_fill_depth", 64.0, 0.5, 1.0, 2000.0, "depth that a tile loses at its ends"),
+        _share("memory_efficiency", 0.65, 0.2, "share of the bandwidth that element-wise kernels reach"),
         _share(attention[0], attention[1], 0.12, "share of the peak that fused attention reaches"),
         _share("intra_host.efficiency", link, 0.2, "share of the links inside a host that collectives reach"),
         _share("network.efficiency", 0.80, 0.2, "share of the network that collectives reach"),
@@ -82,7 +82,7 @@ def _values(*, matmul: float, low: float | None, attention: tuple[str, float], l
 
 CHIPS: dict[tuple[str, ...], tuple[Value, ...]] = {
     ("A100-SXM4-80GB", "A100-SXM4-40GB"): _values(
-        matmul=0.76, low=None, attention=("attention_efficiency", 0.58), link=0.78
+        matmul=0.80, low=None, attention=("attention_efficiency", 0.58), link=0.78
     ),
     ("H100-SXM5-80GB",): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.55), link=0.80),
     ("GB200", "GB300"): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.50), link=0.80),
