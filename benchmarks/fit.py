@@ -73,7 +73,7 @@ def _values(*, matmul: float, low: float | None, attention: tuple[str, float], l
         _share("matmul_efficiency.default", matmul, 0.06, "share of the peak that large matmuls reach in training"),
         *(lower if low is not None else []),
         Value("matmul_fill_depth", 64.0, 0.5, 1.0, 2000.0, "depth that a tile loses at its ends"),
-        _share("memory_efficiency", 0.65, 0.2, "share of the bandwidth that element-wise kernels reach"),
+        _share("memory_efficiency", 0.75, 0.12, "share of the bandwidth that element-wise kernels reach"),
         _share(attention[0], attention[1], 0.12, "share of the peak that fused attention reaches"),
         _share("intra_host.efficiency", link, 0.2, "share of the links inside a host that collectives reach"),
         _share("network.efficiency", 0.80, 0.2, "share of the network that collectives reach"),

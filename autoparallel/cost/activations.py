@@ -40,7 +40,7 @@ def attention_core_bytes(ops: Sequence[Op], size: Size, practice: Practice) -> i
     for op in ops:
         if op.target == ATTENTION:
             element = DTYPE_BYTES[op.inputs[0].dtype]
-            drops = 1 + element if op.argument("dropout_p", 0.0) else 0
+            drops = 1 + element if op.argument("dropout", 0.0) else 0
             total += score_elements(op, size) * ((element if practice.fused else 4 + element) + drops)
     return total
 

@@ -19,6 +19,7 @@ from autoparallel.ir.ops import (
     ATTENTION,
     CONVERSIONS,
     DEFERRABLE,
+    RANDOM,
     SPECIAL_FUNCTIONS,
     VOCABULARY_CROSS_ENTROPY,
     VOCABULARY_EMBEDDING,
@@ -38,6 +39,8 @@ LOOKUPS = {
     "aten.index_select.default",
     "aten.gather.default",
 }
+DRAW = 8
+"""Exponentials that a random number costs: ten rounds of Philox for four of them, in integer arithmetic (assumed)."""
 _ALONE = {*LOOKUPS, CROSS_ENTROPY, VOCABULARY_CROSS_ENTROPY}
 """Ops that no library fuses with their neighbours."""
 
@@ -112,7 +115,7 @@ def _of_group(group: list[Op], ops: Sequence[Op], size: Size, practice: Practice
 
 def _memory(op: Op, size: Size) -> OpKernels:
     dtype, special = _dtype(op), _special(op, size)
-    forward = Kernel("memory", dtype, forward_bytes(op, **size.local), special=special)
+    forward = Kernel("memory", dtype, forward_bytes(op, **size.local), special=special + _drawn(op, size))
     backward = Kernel("memory", dtype, backward_bytes(op, **size.local), special=special)
     trained = any(tensor.requires_grad for tensor in op.outputs)
     if op.target in CONVERSIONS:
@@ -125,6 +128,10 @@ def _memory(op: Op, size: Size) -> OpKernels:
 
 def _regroups(op: Op, collective: CollectiveKind | None) -> bool:
     return collective in ("all_gather", "reduce_scatter") and op.argument("dim", 0) != 0
+
+
+def _drawn(op: Op, size: Size) -> float:
+    return float(DRAW * op.inputs[0].numel(**size.local)) if op.target in RANDOM else 0.0
 
 
 def _special(op: Op, size: Size) -> float:
@@ -221,11 +228,13 @@ def _unfused_attention(op: Op, size: Size, practice: Practice, *, trained: bool)
     def passes(count: float, *, special: float = 0.0) -> Kernel:
         return Kernel("memory", dtype, count * scores, special=special)
 
-    drops = [passes(2 * element + 1)] if op.argument("dropout_p", 0.0) else []
+    dropped = bool(op.argument("dropout", 0.0))
+    drops = [passes(2 * element + 1)] if dropped else []
+    draws = [passes(2 * element + 1, special=DRAW * scores)] if dropped else []
     softmax = [passes(2 * element, special=scores)]
     if not practice.fused:  # mask added, a copy in fp32, softmax in fp32, a copy back
         softmax = [passes(2 * element), passes(element + 4), passes(8, special=scores), passes(4 + element)]
-    forward = [product(rows, keys, head_dim), *softmax, *drops, product(rows, value_dim, keys)]
+    forward = [product(rows, keys, head_dim), *softmax, *draws, product(rows, value_dim, keys)]
     backward = [
         product(rows, keys, value_dim),
         product(keys, value_dim, rows),
@@ -285,7 +294,8 @@ def _fused(group: list[Op], ops: Sequence[Op], size: Size) -> OpKernels | None:
     special = sum(_special(op, size) for op in work)
     read = sum(spec.size_bytes(**size.local) for spec in entering.values())
     written = sum(spec.size_bytes(**size.local) for spec in leaving.values())
-    forward = Kernel("memory", _dtype(work[-1]), read + written, special=special)
+    drawn = sum(_drawn(op, size) for op in work)
+    forward = Kernel("memory", _dtype(work[-1]), read + written, special=special + drawn)
     if not any(spec.requires_grad for spec in leaving.values()):
         return OpKernels(tuple(group), (forward,), ())
     # The gradients of what leaves and the inputs again are read, the gradients of the inputs written.

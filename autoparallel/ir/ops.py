@@ -59,6 +59,8 @@ SPECIAL_FUNCTIONS = {
         "cos.default", "sin.default",
     )
 }  # fmt: skip
+RANDOM = {"aten.dropout.default", "aten.native_dropout.default"}
+"""Draw a number for every element, in forward alone."""
 VOCABULARY_EMBEDDING = "tensor_parallel.embedding"
 VOCABULARY_CROSS_ENTROPY = "tensor_parallel.cross_entropy"
 """all_reduce of the largest logit, then of the denominator and the target's logit, one number a token each."""
