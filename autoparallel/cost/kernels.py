@@ -21,7 +21,6 @@ from autoparallel.ir.ops import (
     DEFERRABLE,
     RANDOM,
     SPECIAL_FUNCTIONS,
-    VOCABULARY_CROSS_ENTROPY,
     VOCABULARY_EMBEDDING,
     CollectiveKind,
     contracted_inputs,
@@ -41,8 +40,8 @@ LOOKUPS = {
 }
 DRAW = 8
 """Exponentials that a random number costs: ten rounds of Philox for four of them, in integer arithmetic (assumed)."""
-_ALONE = {*LOOKUPS, CROSS_ENTROPY, VOCABULARY_CROSS_ENTROPY}
-"""Ops that no library fuses with their neighbours."""
+_ALONE = LOOKUPS
+"""Ops that no library fuses with their neighbours; losses are, with the casts of the logits before them."""
 
 
 class Kernel(NamedTuple):
