@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,12 @@ bench-speed: install ## the emitted program beside hand-written PyTorch, on this
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.runtime_speed
 
+bench-accuracy: install ## prices beside published training runs: step time, memory, plan choice
+	$(BIN)/python benchmarks/accuracy.py
+
+fit: install ## fit the cost tables to published training runs
+	$(BIN)/python benchmarks/fit.py
+
 check: install ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +57,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all exhaustive bench-speed check format wheel
+.PHONY: help install demo test test-all exhaustive bench-speed bench-accuracy fit check format wheel

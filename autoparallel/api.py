@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import autoparallel
 from autoparallel.cost.flavors import resolve_flavor
+from autoparallel.cost.practice import OURS, Attention, Practice
 from autoparallel.cost.tables import CostTable, load_table
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
 from autoparallel.ir.flavor import Flavor
+from autoparallel.ir.graph import Graph
 from autoparallel.ir.precision import Precision, choose_precision
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.plan import ModelSummary, Plan
@@ -80,7 +84,7 @@ def plan_program(
     table = load_table(flavor.device)
     logger.info("Got cost table {} from cost_models.", table.name)
     workload = _workload(
-        program,
+        program.graph,
         flavor,
         table,
         batch_size=batch_size,
@@ -124,9 +128,26 @@ def estimate(
     seq_len: int,
     dtype: str = "auto",
     memory_ratio: float = 1.0,
+    attention: Attention = "flash",
+    fused: bool = False,
+    overlap: bool = True,
+    gathers_ahead: bool = True,
+    gathers_each_parameter: bool = False,
+    tensor_overlap: bool = False,
+    dispatch_s: float | None = None,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    gradient_dtype: str | None = None,
+    master_dtype: str | None = None,
+    table: CostTable | None = None,
 ) -> Estimate:
     """Price one named strategy. Without `stages`, the blocks are cut where that is cheapest; memory is reported, never
-    a reason to refuse.
+    a reason to refuse. `model` may be a captured `Graph` too, whose dtype is then the compute dtype.
+
+    The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
+    kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_...`) and tensor
+    parallelism (`tensor_overlap`) beside compute, dtypes of gradients and masters, host time to launch a kernel
+    (`dispatch_s`).
+    `table` stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
 
@@ -135,26 +156,53 @@ def estimate(
         raise ConfigError(
             f"the strategy is for {strategy.num_devices} devices and {strategy.batch_size} rows",
             why=f"asked: {resolved.num_devices} devices ({resolved.name}) and {batch_size} rows",
-            remedy="devices = num_stages × tensor_parallel × data_parallel; "
+            remedy="devices = num_stages × tensor_parallel × context_parallel × data_parallel; "
             "rows = data_parallel × batch_per_device × num_micro_batches",
         )
+    matmul_dtype = dtype if dtype in ("float8", "float4") else None
+    of_compute = "bfloat16" if matmul_dtype else dtype
+    if isinstance(model, Graph):
+        graph, precision = model, Precision.of(_graph_dtype(model), "float32")
+    else:
+        precision = choose_precision(resolved, dtype=of_compute, model_dtype=_model_dtype(model))
+        graph = _capture(model, precision).graph
+    precision = precision.varied(optimizer=optimizer, gradient_dtype=gradient_dtype, master_dtype=master_dtype)
     constraints = Constraints(
         memory_ratio=memory_ratio,
         batch_per_device=strategy.batch_per_device,
         tensor_parallel=strategy.tensor_parallel,
     )
-    precision = choose_precision(resolved, dtype=dtype, model_dtype=_model_dtype(model))
     workload = _workload(
-        _capture(model, precision),
+        graph,
         resolved,
-        load_table(resolved.device),
+        table or load_table(resolved.device),
         batch_size=batch_size,
         seq_len=seq_len,
         precision=precision,
         constraints=constraints,
         micro_batch_sizes=[strategy.batch_per_device],
+        practice=Practice(
+            attention=attention,
+            fused=fused,
+            matmul_dtype=matmul_dtype,
+            overlap=overlap,
+            gathers_ahead=gathers_ahead,
+            gathers_each_parameter=gathers_each_parameter,
+            tensor_overlap=tensor_overlap,
+            dispatch_s=dispatch_s,
+        ),
+        only=strategy,
     )
     return cut_and_price(workload, strategy)
+
+
+@lru_cache(maxsize=256)
+def _graph_dtype(graph: Graph) -> str:
+    """Of most parameters."""
+    counts = Counter[str]()
+    for parameter in graph.parameters:
+        counts[parameter.dtype] += parameter.numel
+    return counts.most_common(1)[0][0]
 
 
 def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) -> fx.GraphModule:
@@ -285,7 +333,7 @@ def _capture(model: Any, precision: Precision) -> Program:
 
 
 def _workload(
-    program: Program,
+    graph: Graph,
     flavor: Flavor,
     table: CostTable,
     *,
@@ -294,23 +342,29 @@ def _workload(
     precision: Precision,
     constraints: Constraints,
     micro_batch_sizes: list[int] | None = None,
+    practice: Practice = OURS,
+    only: Strategy | None = None,
 ) -> Workload:
+    """Of all strategies that the constraints allow, or of one."""
     from autoparallel.cost.segments import build_workload
     from autoparallel.space.candidates import enumerate_strategies, tensor_degrees
 
-    degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
+    if only is not None:
+        degrees = [only.tensor_parallel]
+    else:
+        degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
     if micro_batch_sizes is None:
         strategies = enumerate_strategies(
             num_devices=flavor.num_devices,
             batch_size=batch_size,
-            num_blocks=program.graph.num_segments - 2,
+            num_blocks=graph.num_segments - 2,
             constraints=constraints,
             tensor_degrees=degrees,
             seq_len=seq_len,
         )
         micro_batch_sizes = [strategy.batch_per_device for strategy in strategies]
     return build_workload(
-        program.graph,
+        graph,
         flavor,
         table,
         batch_size=batch_size,
@@ -319,6 +373,8 @@ def _workload(
         memory_ratio=constraints.memory_ratio,
         precision=precision,
         tensor_degrees=[degree for degree in degrees if degree > 1],
+        practice=practice,
+        only=only,
     )
 
 

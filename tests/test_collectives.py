@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,22 +20,53 @@ def _topology(name: str) -> Topology:
     return Topology(flavor, load_table(flavor.device))
 
 
+class Links(NamedTuple):
+    """Bytes per second as far as collectives reach them, and latencies."""
+
+    inside: float
+    inside_s: float
+    between: float
+    between_s: float
+
+
+def _links(topology: Topology) -> Links:
+    links, network = topology.table.intra_host, topology.table.network
+    return Links(
+        links.efficiency.value * links.bandwidth_bytes_per_s.value,
+        links.latency_s.value,
+        network.efficiency.value * network.bandwidth_bytes_per_s.value,
+        network.latency_s.value,
+    )
+
+
 def test_closed_form_inside_a_host() -> None:
     topology = _topology("8xH100-SXM5-80GB")
-    lap_s = 7 / 8 * GIB / (0.82 * 450e9) + 7 * 2e-6
+    links = _links(topology)
+    lap_s = 7 / 8 * GIB / links.inside + 7 * links.inside_s
     assert topology.all_gather_s(GIB, group_size=8) == pytest.approx(lap_s)
     assert topology.reduce_scatter_s(GIB, group_size=8) == pytest.approx(lap_s)
     assert topology.all_reduce_s(GIB, group_size=8) == pytest.approx(2 * lap_s)
-    assert topology.send_recv_s(GIB, distance=1) == pytest.approx(GIB / 450e9 + 2e-6)
+    assert topology.send_recv_s(GIB, distance=1) == pytest.approx(GIB / 450e9 + links.inside_s)
 
 
 def test_closed_form_between_hosts() -> None:
     topology = _topology("4x8xH100-SXM5-80GB")
-    one_each = 3 / 4 * GIB / (0.85 * 50e9) + 3 * 8e-6
+    links = _links(topology)
+    one_each = 3 / 4 * GIB / links.between + 3 * links.between_s
     assert topology.all_gather_s(GIB, group_size=4, stride=8) == pytest.approx(one_each)
-    all_ports = 31 / 32 * GIB / (0.85 * 8 * 50e9) + 7 * 2e-6 + 3 * 8e-6
-    assert topology.all_gather_s(GIB, group_size=32) == pytest.approx(all_ports)
-    assert topology.send_recv_s(GIB, distance=8) == pytest.approx(GIB / 50e9 + 8e-6)
+    moving_s = 31 / 32 * GIB / (8 * links.between)
+    ring_s = 4 * 7 * links.inside_s + 3 * links.between_s
+    assert topology.all_gather_s(GIB, group_size=32) == pytest.approx(moving_s + ring_s)
+    tree_s = 7 * links.inside_s + 2 * links.between_s
+    assert topology.all_reduce_s(GIB, group_size=32) == pytest.approx(2 * (moving_s + tree_s))
+    assert topology.send_recv_s(GIB, distance=8) == pytest.approx(GIB / 50e9 + links.between_s)
+
+
+def test_a_cluster_may_have_another_network() -> None:
+    topology = _topology("4x8xH100-SXM5-80GB")
+    slow = topology.flavor.model_copy(update={"network_bandwidth_bytes_per_s": 12.5e9})
+    times = [Topology(f, topology.table).all_gather_s(100 * GIB, group_size=32) for f in (topology.flavor, slow)]
+    assert times[1] == pytest.approx(4 * times[0], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoparallel.cost.compute import kernel_s, optimizer_s, peak_flops_per_s
+from autoparallel.cost.compute import UNALIGNED, Device, peak_flops_per_s
+from autoparallel.cost.kernels import Kernel
 from autoparallel.cost.tables import EfficiencyCurve, available_devices, load_table, parse_table
 from autoparallel.errors import ConfigError, CostTableError
 
 REQUIRED = {
     "V100-SXM2-32GB", "A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIe-80GB", "A6000", "L4", "L40S", "RTX4090",
-    "H100-SXM5-80GB", "H100-PCIe", "H200", "B200", "GB200", "MI210", "MI250", "MI250X", "MI300X", "MI325X", "cpu",
+    "H100-SXM5-80GB", "H100-PCIe", "H200", "B200", "GB200", "GB300", "MI210", "MI250", "MI250X", "MI300X", "MI325X",
+    "cpu",
 }  # fmt: skip
 
 
@@ -100,15 +102,38 @@ def test_curve_meets_its_points_and_is_geometric_between() -> None:
 
 
 def test_kernel_time_by_hand() -> None:
+    """Tiles of 256 by 128 on 108 units; one more needs a second wave, of smaller tiles: five of a quarter, at 0.8."""
     table = load_table("A100-SXM4-80GB")
-    compute_bound = kernel_s(table, kind="matmul", flops=1e12, moved_bytes=1e6, dtype="bfloat16")
-    assert compute_bound == pytest.approx(1e12 / (312e12 * 0.869) + 3e-6)
-    memory_bound = kernel_s(table, kind="memory", flops=1e6, moved_bytes=1e9, dtype="float32")
-    assert memory_bound == pytest.approx(1e9 / (2.039e12 * 0.85) + 3e-6)
-    assert optimizer_s(table, parameters=10**9, bytes_per_parameter=28) == pytest.approx(
-        28e9 / (2.039e12 * 0.85) + 3e-6
+    device, launch_s = Device(table), table.launch_overhead_s.value
+    assert table.matmul_fill_depth is not None
+    rate = 312e12 * table.matmul_efficiency["default"].at(1e12)
+    depth = 4096 + table.matmul_fill_depth.value
+
+    def matmul(products: int, rows: int, columns: int) -> Kernel:
+        return Kernel("matmul", "bfloat16", 1e6, products, rows, columns, 4096)
+
+    full = matmul(108, 256, 128)
+    assert device.kernel_s(full) == pytest.approx(108 * 2 * 256 * 128 * depth / rate + launch_s)
+    one_more = matmul(109, 256, 128)
+    assert device.kernel_s(one_more) - launch_s == pytest.approx(5 / 4 / 0.8 * (device.kernel_s(full) - launch_s))
+    unaligned = matmul(108, 256, 127)
+    assert device.kernel_s(unaligned) - launch_s == pytest.approx((device.kernel_s(full) - launch_s) / UNALIGNED)
+    moved_s = 1e9 / (2.039e12 * table.memory_efficiency.value)
+    assert device.kernel_s(Kernel("memory", "float32", 1e9)) == pytest.approx(moved_s + launch_s)
+    assert table.special_functions_per_s is not None
+    exponentials = Kernel("memory", "float32", 1e9, special=1e9)
+    assert device.kernel_s(exponentials) == pytest.approx(
+        moved_s + 1e9 / table.special_functions_per_s.value + launch_s
     )
-    assert optimizer_s(table, parameters=0, bytes_per_parameter=28) == 0
+    assert device.optimizer_s(parameters=10**9, bytes_per_parameter=28) == pytest.approx(28 * moved_s + launch_s)
+    assert device.optimizer_s(parameters=0, bytes_per_parameter=28) == 0
+
+
+def test_small_kernels_wait_for_the_host() -> None:
+    device = Device(load_table("H100-SXM5-80GB"), dispatch_s=2e-5)
+    small, large = Kernel("memory", "bfloat16", 1e3), Kernel("memory", "bfloat16", 1e9)
+    assert device.kernels_s([small] * 10) == pytest.approx(10 * 2e-5)
+    assert device.kernels_s([large] * 10) == pytest.approx(10 * device.kernel_s(large))
 
 
 def test_dtype_fallbacks() -> None:
@@ -122,17 +147,20 @@ def test_dtype_fallbacks() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     device=st.sampled_from(available_devices()),
-    dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16", "float8"]),
-    kind=st.sampled_from(["matmul", "attention", "memory"]),
-    flops=st.floats(0, 1e16),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16", "float8", "float4"]),
+    sizes=st.tuples(*[st.integers(1, 1 << 12)] * 4),
     moved_bytes=st.floats(0, 1e12),
-    factor=st.floats(1, 10),
+    factor=st.integers(1, 10),
 )
 def test_more_work_never_takes_less_time(
-    device: str, dtype: str, kind: Any, flops: float, moved_bytes: float, factor: float
+    device: str, dtype: str, sizes: tuple[int, int, int, int], moved_bytes: float, factor: int
 ) -> None:
-    table = load_table(device)
-    base = kernel_s(table, kind=kind, flops=flops, moved_bytes=moved_bytes, dtype=dtype)
-    more_flops = kernel_s(table, kind=kind, flops=flops * factor, moved_bytes=moved_bytes, dtype=dtype)
-    more_bytes = kernel_s(table, kind=kind, flops=flops, moved_bytes=moved_bytes * factor, dtype=dtype)
-    assert min(more_flops, more_bytes) >= base * (1 - 1e-9) > 0
+    priced = Device(load_table(device))
+    products, rows, columns, depth = sizes
+    matmul = Kernel("matmul", dtype, moved_bytes, products, rows, 8 * columns, 8 * depth)
+    attention = Kernel("attention", dtype, moved_bytes, flops=1e6 * rows, special=rows, variant="flash")
+    for kernel in (matmul, attention, Kernel("memory", dtype, moved_bytes, special=rows)):
+        more = [kernel._replace(moved_bytes=moved_bytes * factor), kernel._replace(special=kernel.special * factor)]
+        more += [kernel._replace(flops=kernel.flops * factor)]
+        more += [kernel._replace(**{n: getattr(kernel, n) * factor}) for n in ("products", "rows", "columns", "depth")]
+        assert min(map(priced.kernel_s, more)) >= priced.kernel_s(kernel) * (1 - 1e-9) > 0

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.segments import _deferred_bytes, _kept_bytes, _saved_bytes, replayed
+from autoparallel.cost.activations import deferred_bytes, kept_bytes, replayed, saved_bytes
 from autoparallel.emit.deferred import DeferredContraction, defer_weight_gradients
 from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
@@ -144,7 +144,7 @@ def test_saved_bytes_equal_what_stays_alive(
     measured = live.size_bytes(but=block.held | storages([result]))
     ops, entering = program.graph.segment_ops(2), {spec.name for spec in program.graph.boundaries[2]}
     size = {"batch": ROWS, "seq": SEQ}
-    predicted = {"none": _saved_bytes(ops, entering, **size), "selective": _kept_bytes(ops, **size), "full": 0}
+    predicted = {"none": saved_bytes(ops, entering, **size), "selective": kept_bytes(ops, **size), "full": 0}
     assert predicted[recomputation] == pytest.approx(measured, rel=0.03)
 
 
@@ -207,7 +207,7 @@ def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str, programs:
         modules = stage.get_submodule(f"segment_{segment}").modules()
         pending = [p for module in modules if isinstance(module, DeferredContraction) for p in module.pending]
         storages = {t.untyped_storage().data_ptr(): t for p in pending for t in (p.value, p.output_gradient)}
-        predicted = _deferred_bytes(graph.segment_ops(segment), batch=ROWS, seq=SEQ)
+        predicted = deferred_bytes(graph.segment_ops(segment), batch=ROWS, seq=SEQ)
         assert predicted == sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 

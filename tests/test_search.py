@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.cost.memory import capacity_bytes
+from autoparallel.cost.practice import Practice
 from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.plans.candidate import Candidate
@@ -140,6 +141,7 @@ def test_one_stage_is_arithmetic() -> None:
 
 def test_sharding_levels_pay_for_their_collectives() -> None:
     drawn = workload(gpus(4), num_blocks=4, parameters=(50_000_000,) * 6)
+    drawn = drawn.model_copy(update={"practice": Practice(overlap=False)})
     costs = {
         level: cut_and_price(
             drawn, Strategy(data_parallel=4, num_micro_batches=4, distribute_param=level)
@@ -149,6 +151,24 @@ def test_sharding_levels_pay_for_their_collectives() -> None:
     assert 0 < costs[1] < costs[2] < costs[3]
     # gather in 2 bytes + reduce_scatter in 4 bytes once, against one all_reduce in 4 bytes: three quarters.
     assert costs[1] == pytest.approx(costs[0] * 3 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_compute_hides_collectives_and_costs_nothing_itself(level: Literal[0, 1, 2, 3]) -> None:
+    strategy = Strategy(data_parallel=4, num_micro_batches=4, distribute_param=level)
+    shown, hiding = (
+        cut_and_price(
+            workload(gpus(4), num_blocks=4, parameters=(50_000_000,) * 6).model_copy(
+                update={"practice": Practice(overlap=overlap)}
+            ),
+            strategy,
+        )
+        for overlap in (False, True)
+    )
+    assert shown.hidden_comm_s == 0 < hiding.hidden_comm_s
+    assert hiding.breakdown_s.dp_comm + hiding.hidden_comm_s == pytest.approx(shown.breakdown_s.dp_comm)
+    assert hiding.breakdown_s.compute == shown.breakdown_s.compute
+    assert_consistent(hiding)
 
 
 def test_tied_parameters_are_summed_across_the_pipeline() -> None:

@@ -3,8 +3,9 @@
 Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005); bus bandwidth as in
 the performance notes of NVIDIA nccl-tests. For `n` ranks of which `k` share a host, over `h` hosts, and `S` bytes:
 
-    lap     = (n - 1)/n × S / bandwidth + (k - 1) × latency inside a host + (h - 1) × latency between hosts
-    lap     is all_gather or reduce_scatter; all_reduce is both, two laps
+    lap        = (n - 1)/n × S / bandwidth + (n - h) × latency inside a host + (h - 1) × latency between hosts
+    lap        is all_gather or reduce_scatter; all_reduce is both, two laps, or a tree with as many bytes and
+               2 (k - 1) steps inside a host and 2 log2(h) between hosts where that is faster (NVIDIA, NCCL 2.4)
     bandwidth, one host    = efficiency × min(device's links, pairwise link × (n - 1))        where the fabric is a mesh
     bandwidth, many hosts  = min(that of the k ranks inside, network efficiency × k × device's share of the network)
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log2
 
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
@@ -64,8 +66,11 @@ class Topology:
         return self._lap_s(size_bytes, group_size, stride)
 
     def all_reduce_s(self, size_bytes: float, *, group_size: int, stride: int = 1) -> float:
-        """Two laps: reduce_scatter, then all_gather."""
-        return 2 * self._lap_s(size_bytes, group_size, stride)
+        """Two laps, reduce_scatter then all_gather; or a tree, where so many steps would take longer."""
+        if group_size == 1:
+            return 0.0
+        spread = self._spread(group_size, stride)
+        return 2 * (self._moving_s(size_bytes, group_size, spread) + self._waiting_s(spread, tree=True))
 
     def send_recv_s(self, size_bytes: float, *, distance: int) -> float:
         """latency + size / link bandwidth, for the slowest of the pairs `r, r + distance` that run together.
@@ -76,8 +81,7 @@ class Topology:
             return 0.0
         # Some pair of every distance has a host boundary between its two ranks: host 0's last rank, or one before it.
         if self.flavor.num_hosts > 1:
-            network = self.table.network
-            return network.latency_s.value + size_bytes / network.bandwidth_bytes_per_s.value
+            return self.table.network.latency_s.value + size_bytes / self._network_bytes_per_s
         links = self.table.intra_host
         bandwidth = (links.pairwise_bandwidth_bytes_per_s or links.bandwidth_bytes_per_s).value
         return links.latency_s.value + size_bytes / bandwidth
@@ -86,21 +90,36 @@ class Topology:
         """One lap of the ring, as the module's formula."""
         if group_size == 1:
             return 0.0
+        spread = self._spread(group_size, stride)
+        return self._moving_s(size_bytes, group_size, spread) + self._waiting_s(spread, tree=False)
+
+    def _spread(self, group_size: int, stride: int) -> Spread:
+        return worst_spread(self.flavor.num_devices, self.flavor.devices_per_host, group_size, stride)
+
+    def _moving_s(self, size_bytes: float, group_size: int, spread: Spread) -> float:
+        """Bytes of one lap."""
         assert size_bytes >= 0, size_bytes
-        spread = worst_spread(self.flavor.num_devices, self.flavor.devices_per_host, group_size, stride)
-        latency_s = (spread.ranks_per_host - 1) * self.table.intra_host.latency_s.value
-        latency_s += (spread.num_hosts - 1) * self.table.network.latency_s.value
-        share = (group_size - 1) / group_size
-        return share * size_bytes / self._ring_bandwidth_bytes_per_s(spread) + latency_s
+        return (group_size - 1) / group_size * size_bytes / self._ring_bandwidth_bytes_per_s(spread)
+
+    def _waiting_s(self, spread: Spread, *, tree: bool) -> float:
+        """Latencies of one lap, or of half a tree."""
+        inside_s, between_s = self.table.intra_host.latency_s.value, self.table.network.latency_s.value
+        steps = spread.ranks_per_host - 1
+        ring_s = spread.num_hosts * steps * inside_s + (spread.num_hosts - 1) * between_s
+        return min(ring_s, steps * inside_s + log2(spread.num_hosts) * between_s) if tree else ring_s
 
     def _ring_bandwidth_bytes_per_s(self, spread: Spread) -> float:
         """What one rank of the ring sends per second: the slower of the links inside the hosts and between them."""
         inside = self._host_bandwidth_bytes_per_s(spread.ranks_per_host)
         if spread.num_hosts == 1:
             return inside
-        network = self.table.network
-        between = network.efficiency.value * spread.ranks_per_host * network.bandwidth_bytes_per_s.value
+        between = self.table.network.efficiency.value * spread.ranks_per_host * self._network_bytes_per_s
         return between if spread.ranks_per_host == 1 else min(inside, between)
+
+    @property
+    def _network_bytes_per_s(self) -> float:
+        """Share of one device in its host's ports."""
+        return self.flavor.network_bandwidth_bytes_per_s or self.table.network.bandwidth_bytes_per_s.value
 
     def _host_bandwidth_bytes_per_s(self, num_ranks: int) -> float:
         """Among `num_ranks` devices of one host. In a mesh each uses its links to the others in the group, no more."""

@@ -1,17 +1,26 @@
-"""Time of one kernel on one device: the roofline model (Williams, Waterman, Patterson 2009) with efficiencies.
+"""Time of kernels on one device: the roofline model (Williams, Waterman, Patterson 2009) with what keeps kernels below
+it.
 
-time = max(flops / (peak × efficiency), moved_bytes / (memory bandwidth × memory efficiency)) + launch overhead
+    matmul      flops of whole tiles and whole waves / (peak × efficiency)      or its bytes, whichever takes longer
+    attention   flops / (peak × efficiency) + exponentials / their rate         or its bytes
+    memory      bytes / (memory bandwidth × efficiency) + exponentials / their rate
+    each        + launch overhead
+
+A matmul is cut into tiles, of which each unit of the device computes one at a time: the last wave takes as long as a
+full one, and a tile takes some depth to begin and to end (NVIDIA, Matrix Multiplication Background). Kernels of a phase
+run one after the other; where a host launches them ahead, a phase takes at least as long as launching them.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from math import ceil
 
-from autoparallel.cost.tables import CostTable
-
-KernelKind = Literal["matmul", "attention", "memory"]
+from autoparallel.cost.kernels import Kernel
+from autoparallel.cost.tables import CostTable, Figure
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
+    "float4": ("float4", "float8", "bfloat16", "float16", "float32"),
     "float8": ("float8", "bfloat16", "float16", "float32"),
     "bfloat16": ("bfloat16", "float32"),
     "float16": ("float16", "bfloat16", "float32"),
@@ -20,6 +29,16 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
 }
 """Which figure prices a dtype: the next wider one where the device has none of its own (V100 has no bfloat16 units, and
 its libraries compute bfloat16 in float32). All other dtypes are priced as float32."""
+
+TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
+"""Rows, columns, and the share of the largest tile's rate: a smaller one reads its operands more often. Sizes of the
+tensor core kernels that NVIDIA's guide lists; a library takes the one that ends first."""
+ALIGNMENT_BYTES = 16
+"""Rows of operands that are no multiple of it are read in pieces."""
+FIRST_FLASH = 0.7
+"""Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.7 on an A100)."""
+UNALIGNED = 0.6
+"""Share of the rate that is left then (assumed; NVIDIA's guide names the requirement, not its price)."""
 
 
 def peak_figure(table: CostTable, dtype: str) -> tuple[str, float]:
@@ -41,32 +60,72 @@ def peak_flops_per_s(table: CostTable, dtype: str) -> float:
     return peak_figure(table, dtype)[1]
 
 
-def memory_s(table: CostTable, moved_bytes: float) -> float:
-    """Time to move bytes to and from device memory."""
-    return moved_bytes / (table.memory_bandwidth_bytes_per_s.value * table.memory_efficiency.value)
+class Device:
+    """The rates of a cost table, and what kernels take under them."""
 
+    def __init__(self, table: CostTable, *, dispatch_s: float | None = None) -> None:
+        def value(figure: Figure | None) -> float:
+            return 0.0 if figure is None else figure.value
 
-def kernel_s(table: CostTable, *, kind: KernelKind, flops: float, moved_bytes: float, dtype: str) -> float:
-    """Time of one kernel. `flops` are those it really executes (a causal flash kernel skips half of the scores).
+        self.table = table
+        self.memory_bytes_per_s = table.memory_bandwidth_bytes_per_s.value * table.memory_efficiency.value
+        attention = table.attention_efficiency.value
+        self.attention_efficiency = {
+            "flash": attention,
+            "flash-1": attention * FIRST_FLASH,
+            "vendor": value(table.vendor_attention_efficiency) or attention,
+        }
+        self.special_s = 0.0 if table.special_functions_per_s is None else 1 / table.special_functions_per_s.value
+        self.launch_s = table.launch_overhead_s.value
+        self.dispatch_s = value(table.dispatch_s) if dispatch_s is None else dispatch_s
+        self.units, self.fill = value(table.compute_units), value(table.matmul_fill_depth)
+        self._matmuls: dict[tuple[str, int, int, int, int], float] = {}
 
-    A memory-bound kernel does its few operations in the shadow of its traffic, so only its bytes count.
-    """
-    assert flops >= 0, flops
-    assert moved_bytes >= 0, moved_bytes
-    arithmetic_s = 0.0
-    if kind != "memory" and flops > 0:
-        name, peak = peak_figure(table, dtype)
-        curve = table.matmul_efficiency.get(name, table.matmul_efficiency["default"])
-        efficiency = curve.at(flops) if kind == "matmul" else table.attention_efficiency.value
-        arithmetic_s = flops / (peak * efficiency)
-    return max(arithmetic_s, memory_s(table, moved_bytes)) + table.launch_overhead_s.value
+    def memory_s(self, moved_bytes: float) -> float:
+        """Time to move bytes to and from device memory."""
+        return moved_bytes / self.memory_bytes_per_s
 
+    def kernel_s(self, kernel: Kernel) -> float:
+        """Time of one kernel."""
+        moved_s, special_s = self.memory_s(kernel.moved_bytes), kernel.special * self.special_s
+        if kernel.kind == "memory":
+            return moved_s + special_s + self.launch_s
+        if kernel.kind == "matmul":
+            busy_s = self._matmul_s(kernel.dtype, kernel.products, kernel.rows, kernel.columns, kernel.depth)
+        else:
+            rate = peak_flops_per_s(self.table, kernel.dtype) * self.attention_efficiency[kernel.variant]
+            busy_s = kernel.flops / rate + special_s
+        return max(moved_s, busy_s) + self.launch_s
 
-def optimizer_s(table: CostTable, *, parameters: int, bytes_per_parameter: int) -> float:
-    """Time of one optimizer step, memory-bound: `bytes_per_parameter` are all bytes it reads and writes for an element.
+    def kernels_s(self, kernels: Sequence[Kernel]) -> float:
+        """Time of kernels that run one after the other."""
+        return max(sum(map(self.kernel_s, kernels)), len(kernels) * self.dispatch_s)
 
-    AdamW on fp32 masters reads master, gradient and two moments and writes all but the gradient: 28 bytes.
-    """
-    if parameters == 0:
-        return 0.0
-    return memory_s(table, parameters * bytes_per_parameter) + table.launch_overhead_s.value
+    def optimizer_s(self, *, parameters: int, bytes_per_parameter: int) -> float:
+        """Time of one optimizer step, memory-bound: `bytes_per_parameter` are all bytes it reads and writes for an
+        element. AdamW on fp32 masters reads master, gradient and two moments and writes all but the gradient: 28 bytes.
+        """
+        return self.memory_s(parameters * bytes_per_parameter) + self.launch_s if parameters else 0.0
+
+    def _matmul_s(self, dtype: str, count: int, rows: int, columns: int, depth: int) -> float:
+        """Arithmetic alone."""
+        key = (dtype, count, rows, columns, depth)
+        if key not in self._matmuls:
+            self._matmuls[key] = self._new_matmul_s(*key)
+        return self._matmuls[key]
+
+    def _new_matmul_s(self, dtype: str, count: int, rows: int, columns: int, depth: int) -> float:
+        name, peak = peak_figure(self.table, dtype)
+        curve = self.table.matmul_efficiency.get(name, self.table.matmul_efficiency["default"])
+        flops = 2.0 * count * rows * columns * depth
+        if flops == 0:
+            return 0.0
+        rate = peak * curve.at(flops)
+        if not self.units:
+            return flops / rate
+        areas = [
+            ceil(count * ceil(rows / m) * ceil(columns / n) / self.units) * self.units * m * n / share
+            for m, n, share in TILES
+        ]
+        aligned = all(size * 2 % ALIGNMENT_BYTES == 0 for size in (columns, depth))
+        return 2.0 * min(areas) * (depth + self.fill) / (rate if aligned else rate * UNALIGNED)

@@ -43,6 +43,7 @@ DRIVER_MODELS: tuple[tuple[str, str], ...] = (
     ("H100 80GB HBM3", "H100-SXM5-80GB"),
     ("H100 PCIe", "H100-PCIe"),
     ("H200", "H200"),
+    ("GB300", "GB300"),
     ("GB200", "GB200"),
     ("B200", "B200"),
 )

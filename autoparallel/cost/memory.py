@@ -1,7 +1,7 @@
 """Peak memory of a pipeline rank: a workload and a strategy with stages in, bytes per device by part out.
 
 States follow ZeRO (Rajbhandari et al., arXiv 1910.02054), activations Korthikanti et al. (arXiv 2205.05198). With `N`
-trainable and `F` frozen elements on the rank, `d` = data_parallel, and `x/d` the largest shard:
+trainable and `F` frozen elements on the rank, `d` = shard_ways, and `x/d` the largest shard:
 
     level        parameters                                              gradients                 optimizer
     0, or d = 1  (N+F)·master + (N+F)·compute where separate             N·gradient                N·state
@@ -80,7 +80,7 @@ def segment_parameters(workload: Workload, *plans: StagePlan) -> list[ParameterC
 
 def _optimizer_bytes(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> int:
     trainable = sum(count.trainable for count in segment_parameters(workload, *plans))
-    ways = strategy.data_parallel if strategy.distribute_param else 1
+    ways = strategy.shard_ways if strategy.distribute_param else 1
     return _shard(trainable, ways) * workload.precision.optimizer_state_bytes
 
 
@@ -96,7 +96,7 @@ def _moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan])
     """The largest of each stage."""
     counts, precision = segment_parameters(workload, *plans), workload.precision
     total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
-    ways, level = strategy.data_parallel, strategy.distribute_param
+    ways, level = strategy.shard_ways, strategy.distribute_param
     transients = [_transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)]
     gradients = trainable * precision.gradient_bytes
     if ways == 1 or level == 0:

@@ -8,9 +8,11 @@ the leanest in memory for plans in which the fastest does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Variant
 from autoparallel.ir.graph import Graph
@@ -26,7 +28,16 @@ Price = Callable[[LoweredSegment, int], SegmentCost]
 """A lowered segment at a number of rows."""
 
 
-@dataclass(frozen=True)
+class Held(NamedTuple):
+    """What a rank holds under one choice of options, as `Variant` has it."""
+
+    parameters: tuple[ParameterCount, ...]
+    shared: tuple[SharedParameters, ...]
+    addends: tuple[int, ...]
+    without_rule: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Option:
     """One legal split of one segment class."""
 
@@ -55,78 +66,144 @@ class Priced:
 
 
 def variants(
-    graph: Graph, degrees: Iterable[int], *, micro_batch_sizes: Sequence[int], seq_len: int, price: Price
+    graph: Graph,
+    degrees: Iterable[int],
+    *,
+    micro_batch_sizes: Sequence[int],
+    seq_len: int,
+    price: Price,
+    sequence_parallel: bool | None = None,
 ) -> tuple[tuple[Variant, ...], dict[int, str]]:
-    """The variants of every degree, and why some degrees have none."""
-    analyses = {cls: analyze(graph, segment) for cls, segment in graph.representatives().items()}
+    """The variants of every degree, and why some degrees have none; with `sequence_parallel`, or without it, or both
+    where it is None.
+    """
+    legal = _legal(graph)
     found: list[Variant] = []
     impossible: dict[int, str] = {}
     for degree in degrees:
-        reason = _why_not(graph, analyses, degree)
+        reason = legal.why_not(degree)
         if reason:
             impossible[degree] = reason
             continue
-        for sequence_parallel in (False, True) if seq_len % degree == 0 else (False,):
-            options = _options(graph, analyses, degree, sequence_parallel)
+        for divided in (False, True) if seq_len % degree == 0 else (False,):
+            if sequence_parallel not in (None, divided):
+                continue
             for size in micro_batch_sizes:
-                found += _of_size(graph, options, degree, sequence_parallel, size, price)
+                found += _of_size(legal, degree, divided, size, price)
     return tuple(found), impossible
 
 
-def _why_not(graph: Graph, analyses: dict[int, Analysis], degree: int) -> str:
-    """The arithmetic, where no dim of any block can be divided."""
-    blocks = set(graph.segment_classes[1:-1]) or set(graph.segment_classes)
-    dims = {name: atom.size for cls in blocks for name, atom in split_names(analyses[cls]).items()}
-    if any(size % degree == 0 for size in dims.values()):
-        return ""
-    listed = ", ".join(f"{name} = {size}" for name, size in list(dims.items())[:6]) or "none that an op can divide"
-    return f"no dim of the blocks divides by {degree}: {listed}"
+@dataclass
+class _Legal:
+    """The legal splits of one graph: found once, however many batches and devices are asked about."""
 
+    graph: Graph
+    _options: dict[tuple[int, bool], dict[int, list[Option]]] = field(default_factory=dict)
+    _together: dict[tuple[int, bool], list[list[dict[int, Option]]]] = field(default_factory=dict)
+    _held: dict[tuple[Option, ...], Held] = field(default_factory=dict)
 
-def _options(
-    graph: Graph, analyses: dict[int, Analysis], degree: int, sequence_parallel: bool
-) -> dict[int, list[Option]]:
-    blocks = set(graph.segment_classes[1:-1])
-    found = {
-        cls: [
-            Option(split, lowered, sum(prod(lowered.split_of(name).local_shape()) for name in lowered.parameters))
-            for split, lowered in legal_splits(
-                graph, segment, analyses[cls], degree=degree, sequence_parallel=sequence_parallel
+    @cached_property
+    def analyses(self) -> dict[int, Analysis]:
+        return {cls: analyze(self.graph, segment) for cls, segment in self.graph.representatives().items()}
+
+    def why_not(self, degree: int) -> str:
+        """The arithmetic, where no dim of any block can be divided."""
+        blocks = set(self.graph.segment_classes[1:-1]) or set(self.graph.segment_classes)
+        dims = {name: atom.size for cls in blocks for name, atom in split_names(self.analyses[cls]).items()}
+        if any(size % degree == 0 for size in dims.values()):
+            return ""
+        listed = ", ".join(f"{name} = {size}" for name, size in list(dims.items())[:6]) or "none that an op can divide"
+        return f"no dim of the blocks divides by {degree}: {listed}"
+
+    def options(self, degree: int, sequence_parallel: bool) -> dict[int, list[Option]]:
+        """By segment class."""
+        if (degree, sequence_parallel) not in self._options:
+            self._options[degree, sequence_parallel] = self._found(degree, sequence_parallel)
+        return self._options[degree, sequence_parallel]
+
+    def together(self, degree: int, sequence_parallel: bool) -> list[list[dict[int, Option]]]:
+        """Classes that share parameters agree on how they hold them: for each group of classes, its choices."""
+        if (degree, sequence_parallel) not in self._together:
+            options = self.options(degree, sequence_parallel)
+            self._together[degree, sequence_parallel] = [
+                [
+                    dict(zip(classes, choice, strict=True))
+                    for choice in product(*(options[cls] for cls in classes))
+                    if _agree(choice)
+                ]
+                for classes in _sharing(self.graph)
+            ]
+        return self._together[degree, sequence_parallel]
+
+    def held(self, best: tuple[Option, ...]) -> Held:
+        """By class, one option each."""
+        if best not in self._held:
+            lowered = [option.lowered for option in best]
+            addends = [_addends(self.graph, part) for part in lowered]
+            self._held[best] = Held(
+                *local_parameters(self.graph, lowered),
+                tuple(addends[cls] for cls in self.graph.segment_classes),
+                tuple(sorted({target for part in lowered for target in part.without_rule})),
             )
-        ]
-        for cls, segment in graph.representatives().items()
-    }
-    if sequence_parallel:
-        return found
-    # A block that every rank runs whole gains nothing; with its tokens divided it does.
-    return {cls: [o for o in options if o.split or cls not in blocks] or options for cls, options in found.items()}
+        return self._held[best]
+
+    def _found(self, degree: int, sequence_parallel: bool) -> dict[int, list[Option]]:
+        graph, blocks = self.graph, set(self.graph.segment_classes[1:-1])
+        found = {
+            cls: [
+                Option(split, lowered, sum(prod(lowered.split_of(name).local_shape()) for name in lowered.parameters))
+                for split, lowered in legal_splits(
+                    graph, segment, self.analyses[cls], degree=degree, sequence_parallel=sequence_parallel
+                )
+            ]
+            for cls, segment in graph.representatives().items()
+        }
+        if sequence_parallel:
+            return found
+        # A block that every rank runs whole gains nothing; with its tokens divided it does.
+        return {cls: [o for o in options if o.split or cls not in blocks] or options for cls, options in found.items()}
 
 
-def _of_size(
-    graph: Graph, options: dict[int, list[Option]], degree: int, sequence_parallel: bool, size: int, price: Price
-) -> list[Variant]:
+@lru_cache(maxsize=256)
+def _legal(graph: Graph) -> _Legal:
+    return _Legal(graph)
+
+
+def _of_size(legal: _Legal, degree: int, sequence_parallel: bool, size: int, price: Price) -> list[Variant]:
     """The fastest and the leanest choice at one micro-batch size; one where they are the same."""
-    priced = {cls: [Priced(option, price(option.lowered, size)) for option in found] for cls, found in options.items()}
+    options = legal.options(degree, sequence_parallel)
+    priced = {option: Priced(option, price(option.lowered, size)) for found in options.values() for option in found}
     chosen: list[Variant] = []
     for better in (lambda p: p.speed, lambda p: p.size):
-        best = _choose(graph, priced, better)
-        variant = _variant(graph, best, degree, sequence_parallel, size)
+        best = [priced[option] for option in _choose(legal.together(degree, sequence_parallel), priced, better)]
+        held = legal.held(tuple(p.option for p in best))
+        variant = Variant(
+            tensor_parallel=degree,
+            sequence_parallel=sequence_parallel,
+            batch_per_device=size,
+            splits=tuple(p.option.split for p in best),
+            costs=tuple(p.cost for p in best),
+            **held._asdict(),
+        )
         if variant not in chosen:
             chosen.append(variant)
     return chosen
 
 
 def _choose(
-    graph: Graph, priced: dict[int, list[Priced]], better: Callable[[Priced], tuple[float, float]]
-) -> list[Priced]:
-    """The best option of every class, by class; classes that share parameters agree on how they hold them."""
-    chosen: dict[int, Priced] = {}
-    for classes in _sharing(graph):
-        together = [
-            options for options in product(*(priced[cls] for cls in classes)) if _agree([o.option for o in options])
-        ]
-        best = min(together, key=lambda options: tuple(map(sum, zip(*map(better, options), strict=True))))
-        chosen.update(zip(classes, best, strict=True))
+    together: list[list[dict[int, Option]]],
+    priced: dict[Option, Priced],
+    better: Callable[[Priced], tuple[float, float]],
+) -> list[Option]:
+    """The best option of every class, by class."""
+
+    def worth(choice: dict[int, Option]) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*(better(priced[option]) for option in choice.values()), strict=True)))
+
+    chosen: dict[int, Option] = {}
+    for choices in together:
+        best: dict[int, Option] = min(choices, key=worth)
+        chosen |= best
     return [chosen[cls] for cls in sorted(chosen)]
 
 
@@ -141,28 +218,12 @@ def _sharing(graph: Graph) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _agree(options: list[Option]) -> bool:
+def _agree(options: Iterable[Option]) -> bool:
     held: dict[str, ParameterSplit] = {}
     return all(
         held.setdefault(name, option.lowered.split_of(name)).holds_like(option.lowered.split_of(name))
         for option in options
         for name in option.lowered.parameters
-    )
-
-
-def _variant(graph: Graph, best: list[Priced], degree: int, sequence_parallel: bool, size: int) -> Variant:
-    lowered = [priced.option.lowered for priced in best]
-    parameters, shared = local_parameters(graph, lowered)
-    return Variant(
-        tensor_parallel=degree,
-        sequence_parallel=sequence_parallel,
-        batch_per_device=size,
-        splits=tuple(priced.option.split for priced in best),
-        costs=tuple(priced.cost for priced in best),
-        parameters=parameters,
-        shared=shared,
-        addends=tuple(_addends(graph, lowered[cls]) for cls in graph.segment_classes),
-        without_rule=tuple(sorted({target for part in lowered for target in part.without_rule})),
     )
 
 

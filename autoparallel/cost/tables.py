@@ -28,6 +28,9 @@ PLAUSIBLE: dict[str, tuple[float, float]] = {
     "s": (1e-9, 1.0),
     "fraction": (1e-3, 1.0),
     "devices": (1, 1024),
+    "units": (1, 4096),
+    "elements": (0, 1e5),
+    "1/s": (1e6, 1e16),
 }
 """Units, and the range outside which a value is a slip of the pen (a wrong power of ten, a percentage)."""
 
@@ -63,6 +66,9 @@ FlopsPerSecond = Annotated[Figure, _in("FLOP/s")]
 Seconds = Annotated[Figure, _in("s")]
 Fraction = Annotated[Figure, _in("fraction")]
 Devices = Annotated[Figure, _in("devices")]
+Units = Annotated[Figure, _in("units")]
+Elements = Annotated[Figure, _in("elements")]
+PerSecond = Annotated[Figure, _in("1/s")]
 
 
 class EfficiencyCurve(Schema):
@@ -129,17 +135,31 @@ class CostTable(Schema):
     memory_efficiency: Fraction
     """Share of the memory bandwidth that a memory-bound kernel reaches."""
     peak_flops_per_s: dict[str, FlopsPerSecond]
-    """Dense, by dtype: `float64`, `float32` (no TF32, as PyTorch by default), `bfloat16`, `float16`, `float8`."""
+    """Dense, by dtype: `float64`, `float32` (no TF32, as PyTorch by default), `bfloat16`, `float16`, `float8`,
+    `float4`.
+    """
     matmul_efficiency: dict[str, EfficiencyCurve]
     """By dtype, `default` for all others."""
+    compute_units: Units | None = None
+    """Streaming multiprocessors or compute units, each of which computes one tile of a matmul at a time."""
+    matmul_fill_depth: Elements | None = None
+    """Depth that a tile could have done while it begins and ends."""
     attention_efficiency: Fraction
-    """Of the fused attention kernel, over the FLOPs it really executes."""
+    """Of the fused attention kernel, over the FLOPs it really executes, exponentials apart."""
+    vendor_attention_efficiency: Fraction | None = None
+    """The same of the vendor's own kernel, where that is another one."""
+    special_functions_per_s: PerSecond | None = None
+    """Exponentials, logarithms and the like, of the whole device."""
     launch_overhead_s: Seconds
     """Time of a kernel that has nothing to do."""
+    dispatch_s: Seconds | None = None
+    """Host time to launch a kernel ahead of the device; None where the device itself runs the program."""
     intra_host: IntraHost
     network: Network
     devices_per_host: Devices
     """Where the links of `intra_host` end."""
+    step_time_spread: Fraction | None = None
+    """Four of five step times lie within this factor, less one, of what is predicted: the interval of an estimate."""
     reserve_bytes: Bytes
     """Memory that is not the program's: driver context, communication buffers, allocator slack."""
 

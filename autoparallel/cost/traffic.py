@@ -14,7 +14,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal, NamedTuple
 
-from autoparallel.cost.segments import replayed
+from autoparallel.cost.activations import replayed
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op, Parameter, TensorSpec
 from autoparallel.ir.ops import CONVERSIONS, DEFERRABLE, VOCABULARY_CROSS_ENTROPY, CollectiveKind, flops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from autoparallel.cost.practice import OURS, Practice
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.precision import Precision
@@ -95,6 +96,7 @@ class Workload(Schema):
     seq_len: int = Field(ge=1)
     memory_ratio: float
     precision: Precision
+    practice: Practice = OURS
     segment_classes: tuple[int, ...]
     """Class of each segment in order; equal segments share a class. First: before the blocks; last: after them."""
     costs: dict[int, tuple[SegmentCost, ...]]

@@ -19,6 +19,9 @@ class Flavor(Schema):
     cores_per_host: int | None = None
     """CPU flavors only: cores that all processes of a host share; None where each device computes by itself."""
 
+    network_bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Share of one device in its host's ports, one direction, where the cluster's differs from the cost table's."""
+
     @property
     def num_hosts(self) -> int:
         return -(-self.num_devices // self.devices_per_host)

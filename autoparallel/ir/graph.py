@@ -109,9 +109,9 @@ class Parameter:
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
-    """The cost-annotated DAG."""
+    """The cost-annotated DAG; compared by identity."""
 
     dag: nx.DiGraph
     """Nodes are op names with attribute `op`; an edge carries the tensor's name as `tensor`."""

@@ -50,6 +50,17 @@ CONVERSIONS: dict[str, Conversion] = {
     "tensor_parallel.scatter": Conversion(None, "all_gather"),  # whole -> sequence shards
     "tensor_parallel.narrow": Conversion(None, None),  # whole -> this rank's part; the gradient is zero elsewhere
 }
+# One exponential, logarithm, error function or the like for every element of the first input.
+SPECIAL_FUNCTIONS = {
+    f"aten.{name}"
+    for name in (
+        "silu.default", "gelu.default", "tanh.default", "exp.default", "erf.default", "sigmoid.default", "log.default",
+        "softmax.int", "_softmax.default", "_log_softmax.default", "cross_entropy_loss.default", "logsumexp.default",
+        "cos.default", "sin.default",
+    )
+}  # fmt: skip
+RANDOM = {"aten.dropout.default", "aten.native_dropout.default"}
+"""Draw a number for every element, in forward alone."""
 VOCABULARY_EMBEDDING = "tensor_parallel.embedding"
 VOCABULARY_CROSS_ENTROPY = "tensor_parallel.cross_entropy"
 """all_reduce of the largest logit, then of the denominator and the target's logit, one number a token each."""

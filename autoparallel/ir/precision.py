@@ -41,6 +41,17 @@ class Precision(Schema):
             optimizer_state_bytes=2 * DTYPE_BYTES[master_dtype],
         )
 
+    def varied(self, *, optimizer: str, gradient_dtype: str | None, master_dtype: str | None) -> Precision:
+        """With other dtypes, and the states of another optimizer: two moments in fp32 of AdamW, none of SGD."""
+        master = master_dtype or self.master_dtype
+        moments = {"adamw": 2 * DTYPE_BYTES[master], "sgd": 0}
+        return Precision(
+            compute_dtype=self.compute_dtype,
+            master_dtype=master,
+            gradient_dtype=gradient_dtype or self.gradient_dtype,
+            optimizer_state_bytes=moments[optimizer],
+        )
+
     @property
     def compute_bytes(self) -> int:
         return DTYPE_BYTES[self.compute_dtype]

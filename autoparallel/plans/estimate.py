@@ -35,12 +35,18 @@ class Estimate(Schema):
     """Predicted step time and memory of one strategy."""
 
     step_time_s: float
+    interval_s: tuple[float, float] | None = None
+    """Of the step time, in which four of five measured ones are expected, by the spread of published runs around what
+    is predicted for them without their source; None where the cost table states no spread.
+    """
     tokens_per_second: float
     mfu: float
     """Model FLOPs (no recomputation, attention uncut by causality) over peak FLOPs of all devices (PaLM, arXiv
     2204.02311).
     """
     breakdown_s: Breakdown
+    hidden_comm_s: float = 0.0
+    """Collectives of data parallelism that compute hides, on the critical stage: no part of the step time."""
     replicated_s: float = 0.0
     """The part of compute that every tensor-parallel rank repeats, for want of a dim to divide."""
     stages: tuple[StageEstimate, ...]

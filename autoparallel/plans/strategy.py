@@ -45,7 +45,7 @@ class StagePlan(Schema):
 
 
 class Strategy(Schema):
-    """One named way to parallelise. `num_stages × tensor_parallel × data_parallel` devices;
+    """One named way to parallelise. `num_stages × tensor_parallel × context_parallel × data_parallel` devices;
     `data_parallel × batch_per_device × num_micro_batches` rows a step.
 
     `num_stages` is the number of pipeline ranks; `interleaved` cuts the model into `num_stages × virtual_stages`
@@ -60,6 +60,8 @@ class Strategy(Schema):
 
     num_stages: int = Field(default=1, ge=1)
     tensor_parallel: int = Field(default=1, ge=1)
+    context_parallel: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of each row: priced, not emitted."""
     data_parallel: int = Field(default=1, ge=1)
     batch_per_device: int = Field(default=1, ge=1)
     num_micro_batches: int = Field(default=1, ge=1)
@@ -116,7 +118,19 @@ class Strategy(Schema):
 
     @property
     def num_devices(self) -> int:
-        return self.num_stages * self.tensor_parallel * self.data_parallel
+        return self.num_stages * self.tensor_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def shard_ways(self) -> int:
+        """Ranks that parameters, gradients or states are sharded over; under hybrid sharding (`shard_group_size`) the
+        groups hold the same shards.
+        """
+        return self.shard_group_size or self.num_replicas
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same parameters, and sum their gradients."""
+        return self.context_parallel * self.data_parallel
 
     @property
     def batch_size(self) -> int:

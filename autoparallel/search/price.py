@@ -83,7 +83,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         if asked != have[what]:
             raise ConfigError(
                 f"the strategy ({strategy.summary()}) is for {asked} {what}, not {have[what]}",
-                why="devices = num_stages × tensor_parallel × data_parallel; "
+                why="devices = num_stages × tensor_parallel × context_parallel × data_parallel; "
                 "rows = data_parallel × batch_per_device × num_micro_batches",
                 remedy="change these so that both products match the flavor and the batch size",
             )
@@ -163,12 +163,19 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
     )
     return Estimate(
         step_time_s=step.step_time_s,
+        interval_s=_interval_s(workload, step.step_time_s),
         tokens_per_second=workload.batch_size * workload.seq_len / step.step_time_s if step.step_time_s > 0 else 0.0,
         mfu=_mfu(workload, strategy, step.step_time_s),
         breakdown_s=breakdown,
+        hidden_comm_s=strategy.num_micro_batches * rank.hidden_s + rank.hidden_step_s,
         replicated_s=strategy.num_micro_batches * rank.replicated_s,
         stages=tuple(_stage_estimate(workload, strategy, i, rank) for i, rank in enumerate(step.ranks)),
     )
+
+
+def _interval_s(workload: Workload, step_time_s: float) -> tuple[float, float] | None:
+    spread = workload.table.step_time_spread
+    return None if spread is None else (step_time_s / (1 + spread.value), step_time_s * (1 + spread.value))
 
 
 def _mfu(workload: Workload, strategy: Strategy, step_time_s: float) -> float:

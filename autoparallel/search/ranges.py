@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from autoparallel.cost.memory import peaks
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Recomputation, Strategy
-from autoparallel.search.stage_times import Overheads, with_head
+from autoparallel.search.stage_times import Overheads, windows, with_head
 
 Array = NDArray[np.int64]
 PICO = 1e-12
@@ -52,22 +52,36 @@ class Ranges:
     @cached_property
     def micro_batch_ps(self) -> Array:
         """Forward, backward, recomputation and collectives of one micro-batch."""
-        sharding = self.overheads.sharding
-        gathers = sharding.forward_gathers + sharding.backward_gathers
         forward_ps = np.array([_ps(cost.forward_s + cost.forward_comm_s) for cost in self.costs], dtype=np.int64)
-        compute_ps = _running_sums(forward_ps + self._backward_ps)
-        sharded_ps = self._sharded_ps(gathers=gathers, reduces=sharding.backward_reduces)
-        if self.strategy.keeps_head:
-            sharded_ps[:, -1] -= sharding.backward_gathers * self._head_gather_ps
-        return compute_ps + sharded_ps
+        return _running_sums(forward_ps + self._backward_ps) + self._exposed_ps
+
+    @cached_property
+    def _exposed_ps(self) -> Array:
+        """Collectives of data parallelism of one micro-batch, less what the compute of their segments hides."""
+        sharding = self.overheads.sharding
+        gather, reduce = sharding.forward_gathers * self._gather_ps, sharding.backward_reduces * self._reduce_ps
+        again = sharding.backward_gathers * self._gather_ps
+        exposed = np.maximum(0, gather - self._windows_ps[0]) + np.maximum(0, again + reduce - self._windows_ps[1])
+        sums: Array = np.triu(exposed).cumsum(axis=1)
+        if self.strategy.keeps_head and sharding.backward_gathers:
+            for first in range(self.num_segments):
+                for segment in with_head(self.workload, first):
+                    backward_ps = self._windows_ps[1][segment]
+                    given, kept = again[first, segment] + reduce[first, segment], reduce[first, segment]
+                    sums[first, -1] -= max(0, given - backward_ps) - max(0, kept - backward_ps)
+        return sums
 
     @cached_property
     def step_ps(self) -> Array:
         """What happens once a step: gathers, reductions, tied gradients, optimizer."""
         sharding = self.overheads.sharding
-        once: Array = self._sharded_ps(gathers=sharding.gathers_per_step, reduces=sharding.reduces_per_step)
+        forward_ps, backward_ps = (_running_sums(window) for window in self._windows_ps)
         trainable = self.trainable.cumsum(axis=1)
-        once = once + _each(self.overheads.all_reduce_s, trainable) + _each(self.overheads.optimizer_s, trainable)
+        ahead_ps = forward_ps if self.workload.practice.gathers_ahead else np.zeros_like(forward_ps)
+        once = _beside(sharding.gathers_per_step * self._gather_ps, ahead_ps)
+        once = once + _beside(sharding.reduces_per_step * self._reduce_ps, backward_ps)
+        whole, last = (_each(f, trainable) for f in (self.overheads.all_reduce_s, self.overheads.last_bucket_s))
+        once = once + np.maximum(last, whole - backward_ps) + _each(self.overheads.optimizer_s, trainable)
         if self.workload.addends:
             once += _each(self.overheads.addends_s, _running_sums(np.array(self.workload.addends, dtype=np.int64)))
         for shared in self.workload.shared if self.strategy.num_stages > 1 else ():
@@ -75,21 +89,23 @@ class Ranges:
             once += _ps(tie_s) * self._split(shared.segments)
         return once
 
-    def _sharded_ps(self, *, gathers: int, reduces: int) -> Array:
-        times: Array = np.zeros_like(self.total)
-        if gathers:
-            times = times + gathers * _each(self.overheads.gather_s, self.total)
-        if reduces:
-            times = times + reduces * _each(self.overheads.reduce_scatter_s, self.trainable)
-        sums: Array = times.cumsum(axis=1)
-        return sums
+    @cached_property
+    def _gather_ps(self) -> Array:
+        """[first, segment]: of one segment's parameters."""
+        return _each(self.overheads.gather_s, self.total) if any(self.overheads.sharding) else np.zeros_like(self.total)
 
-    @property
-    def _head_gather_ps(self) -> Array:
-        """[first]: gathering what is gathered together with the last segment, once."""
-        elements = [[int(self.total[f, i]) for i in with_head(self.workload, f)] for f in range(self.num_segments)]
-        gathers = [sum(_ps(self.overheads.gather_s(n)) for n in counts) for counts in elements]
-        return np.array(gathers, dtype=np.int64)
+    @cached_property
+    def _reduce_ps(self) -> Array:
+        if not any(self.overheads.sharding):
+            return np.zeros_like(self.total)
+        return _each(self.overheads.reduce_scatter_s, self.trainable)
+
+    @cached_property
+    def _windows_ps(self) -> tuple[Array, Array]:
+        """[segment]: forward and backward, as far as they hide collectives."""
+        room = windows(self.workload, self.strategy)
+        forward, backward = ([_ps(window[i]) for window in room] for i in (0, 1))
+        return np.array(forward, dtype=np.int64), np.array(backward, dtype=np.int64)
 
     def _split(self, segments: tuple[int, ...]) -> Array:
         """1 where a range holds some of the segments and not all."""
@@ -139,7 +155,7 @@ class Ranges:
     @cached_property
     def _fixed_bytes(self) -> Array:
         """Parameters, gradients, optimizer states, workspace and reserve: the largest moment of `cost.memory`."""
-        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.data_parallel
+        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.shard_ways
         transients = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         transient = _from_first(np.array(transients, dtype=np.int64))
         trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
@@ -177,6 +193,13 @@ class Ranges:
 
 def _ps(seconds: float) -> int:
     return round(seconds / PICO)
+
+
+def _beside(each: Array, compute: Array) -> Array:
+    """[first, last]: what is left of collectives beside compute, of which the first segment's has none."""
+    total = np.triu(each).cumsum(axis=1)
+    exposed: Array = np.maximum(np.minimum(np.diag(each)[:, None], total), total - compute)
+    return exposed
 
 
 def _from_first(values: Array) -> Array:

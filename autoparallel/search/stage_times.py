@@ -1,7 +1,12 @@
 """What a stage spends its time on: a workload, a strategy and one stage in, seconds by kind out.
 
 Sharding communicates segment by segment, as the runtime gathers and reduces (FSDP2, arXiv 2304.11277; ZeRO, arXiv
-1910.02054). Nothing is overlapped with compute: an upper bound where the device can do both at once.
+1910.02054). Where a device computes and communicates at once, that hides behind the compute of the same segment
+(recomputation not counted), and what comes once a step behind one micro-batch's forward or backward, but for the first
+segment's share, which has nothing beside it:
+
+    exposed, each micro-batch   max(0, gather - forward) + max(0, gather + reduction - backward)
+    exposed, once a step        max(first segment's, total - forward or backward of the stage)
 """
 
 from __future__ import annotations
@@ -10,9 +15,10 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from autoparallel.cost import compute
 from autoparallel.cost.collectives import Topology
+from autoparallel.cost.compute import Device
 from autoparallel.cost.memory import segment_parameters
+from autoparallel.cost.traffic import BUCKET_BYTES
 from autoparallel.cost.workload import SharedParameters, Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
 
@@ -36,6 +42,10 @@ SHARDING = {
 }
 
 
+PARAMETERS_OF_A_BLOCK = 12
+"""Tensors: four matrices and two norms with their biases, as GPT has them."""
+
+
 @dataclass(frozen=True)
 class Overheads:
     """Seconds by number of elements. Tensor-parallel ranks are neighbours, replicas stand `tensor_parallel` apart."""
@@ -48,26 +58,42 @@ class Overheads:
         return Topology(self.workload.flavor, self.workload.table)
 
     @cached_property
+    def device(self) -> Device:
+        return Device(self.workload.table)
+
+    @cached_property
     def sharding(self) -> Sharding:
-        return SHARDING[self.strategy.distribute_param if self.strategy.data_parallel > 1 else 0]
+        return SHARDING[self.strategy.distribute_param if self.strategy.shard_ways > 1 else 0]
 
     @cached_property
     def replicas(self) -> dict[str, int]:
-        return {"group_size": self.strategy.data_parallel, "stride": self.strategy.tensor_parallel}
+        return {"group_size": self.strategy.num_replicas, "stride": self.strategy.tensor_parallel}
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        return {"group_size": self.strategy.shard_ways, "stride": self.strategy.tensor_parallel}
 
     def gather_s(self, elements: int) -> float:
         """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
         if elements == 0:
             return 0.0
-        size_bytes = elements * self.workload.precision.compute_bytes
-        return self.topology.all_gather_s(size_bytes, **self.replicas)
+        calls, size_bytes = self._calls, elements * self.workload.precision.compute_bytes
+        return calls * self.topology.all_gather_s(size_bytes / calls, **self.shards)
 
     def reduce_scatter_s(self, trainable: int) -> float:
-        """Every rank gets the summed gradients of its shard of a segment."""
+        """Every rank gets the summed gradients of its shard of a segment; groups with the same shards sum theirs."""
         if trainable == 0:
             return 0.0
-        size_bytes = trainable * self.workload.precision.gradient_bytes
-        return self.topology.reduce_scatter_s(size_bytes, **self.replicas)
+        ways, size_bytes = self.strategy.shard_ways, trainable * self.workload.precision.gradient_bytes
+        groups, stride = self.strategy.num_replicas // ways, self.strategy.tensor_parallel * ways
+        across_s = self.topology.all_reduce_s(size_bytes / ways, group_size=groups, stride=stride)
+        calls = self._calls
+        return calls * self.topology.reduce_scatter_s(size_bytes / calls, **self.shards) + across_s
+
+    @property
+    def _calls(self) -> int:
+        """Collectives for one segment."""
+        return PARAMETERS_OF_A_BLOCK if self.workload.practice.gathers_each_parameter else 1
 
     def all_reduce_s(self, trainable: int) -> float:
         """Gradients of a whole stage, once a step, where nothing is sharded."""
@@ -75,6 +101,10 @@ class Overheads:
             return 0.0
         size_bytes = trainable * self.workload.precision.gradient_bytes
         return self.topology.all_reduce_s(size_bytes, **self.replicas)
+
+    def last_bucket_s(self, trainable: int) -> float:
+        """Of `all_reduce_s`, what backward has nothing left to hide behind."""
+        return self.all_reduce_s(min(trainable, BUCKET_BYTES // self.workload.precision.gradient_bytes))
 
     def addends_s(self, elements: int) -> float:
         """Gradients of which every tensor-parallel rank has an addend, in one bucket once a step."""
@@ -89,7 +119,7 @@ class Overheads:
             return 0.0
         size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
         # The cost of a group is known for groups that tile the cluster: the widest such stride crosses as many hosts.
-        ranks_of_a_stage = self.strategy.data_parallel * self.strategy.tensor_parallel
+        ranks_of_a_stage = self.strategy.num_replicas * self.strategy.tensor_parallel
         stride = min(distance * ranks_of_a_stage, self.workload.flavor.num_devices // num_holders)
         return self.topology.all_reduce_s(size_bytes, group_size=num_holders, stride=stride)
 
@@ -99,19 +129,19 @@ class Overheads:
         moved_bytes = precision.gradient_bytes + 2 * precision.master_bytes + 2 * precision.optimizer_state_bytes
         if precision.separate_compute_copy:
             moved_bytes += precision.compute_bytes
-        return compute.optimizer_s(
-            self.workload.table, parameters=self.held(trainable), bytes_per_parameter=moved_bytes
-        )
+        return self.device.optimizer_s(parameters=self.held(trainable), bytes_per_parameter=moved_bytes)
 
     def held(self, elements: int) -> int:
         """Elements in the largest shard of what is sharded over replicas."""
-        ways = self.strategy.data_parallel if self.strategy.distribute_param > 0 else 1
+        ways = self.strategy.shard_ways if self.strategy.distribute_param > 0 else 1
         return -(-elements // ways)
 
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """One stage on one device, or all stages of one. The first ten are of one micro-batch, the others of a step."""
+    """One stage on one device, or all stages of one. The first eleven are of one micro-batch, the others of a step;
+    collectives of data parallelism without what hides behind compute.
+    """
 
     forward_s: float
     backward_s: float
@@ -127,11 +157,15 @@ class StageSeconds:
     forward_comm_s: float
     backward_gather_s: float
     backward_reduce_s: float
+    hidden_s: float
+    """Collectives of data parallelism that compute hides."""
     start_s: float
     """Gathering parameters before the first micro-batch."""
     reduce_s: float
     """Summing gradients after the last micro-batch."""
     optimizer_s: float
+    hidden_step_s: float
+    """As `hidden_s`, of what comes once a step."""
 
     @property
     def comm_s(self) -> float:
@@ -167,6 +201,27 @@ def with_head(workload: Workload, first: int) -> list[int]:
     return sorted(sharing | {last})
 
 
+class Window(NamedTuple):
+    """Compute of one segment, for one micro-batch, recomputation left out."""
+
+    forward_s: float
+    backward_s: float
+
+
+def windows(workload: Workload, strategy: Strategy) -> list[Window]:
+    """Of every segment: what its collectives of data parallelism can hide behind; nothing where they cannot."""
+    size, none = strategy.batch_per_device, Window(0.0, 0.0)
+    if not overlaps(workload):
+        return [none] * len(workload.segment_classes)
+    costs = [workload.cost(segment, size) for segment in range(len(workload.segment_classes))]
+    return [Window(c.forward_s + c.forward_comm_s, c.backward_s + c.backward_comm_s) for c in costs]
+
+
+def overlaps(workload: Workload) -> bool:
+    """Processes that share a CPU's cores communicate on the same cores."""
+    return workload.practice.overlap and not workload.flavor.is_cpu
+
+
 def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> StageSeconds:
     """Times of one stage, by segment where segments communicate on their own."""
     overheads, size = Overheads(workload, strategy), strategy.batch_per_device
@@ -174,15 +229,25 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     costs = [workload.cost(segment, size) for segment in segments]
     levels = [plan.recomputation_of(i, num_segments=len(workload.segment_classes)) for i in segments]
     again = [cost.recompute_s(level) for cost, level in zip(costs, levels, strict=True)]
-    gather_s = reduce_s = kept_s = 0.0
-    if any(sharding):
-        counts = segment_parameters(workload, plan)
-        gathers_s = [overheads.gather_s(count.trainable + count.frozen) for count in counts]
-        gather_s = sum(gathers_s)
-        if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
-            kept_s = sum(gathers_s[i - plan.first_segment] for i in with_head(workload, plan.first_segment))
-        reduce_s = sum(overheads.reduce_scatter_s(count.trainable) for count in counts)
     trainable = workload.stage_parameters(plan.first_segment, plan.last_segment).trainable
+    counts = segment_parameters(workload, plan)
+    gathers_s = [overheads.gather_s(count.trainable + count.frozen) if any(sharding) else 0.0 for count in counts]
+    reduces_s = [overheads.reduce_scatter_s(count.trainable) if any(sharding) else 0.0 for count in counts]
+    kept = set[int]()
+    if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
+        kept = set(with_head(workload, plan.first_segment))
+    shown = _Exposed()
+    room = windows(workload, strategy)[plan.first_segment : plan.last_segment + 1]
+    for segment, gather_s, reduce_s, window in zip(segments, gathers_s, reduces_s, room, strict=True):
+        again_s = 0.0 if segment in kept else gather_s
+        shown.add(sharding, gather_s, again_s, reduce_s, window)
+    forward_s, backward_s = (sum(window[i] for window in room) for i in (0, 1))
+    ahead_s = forward_s if workload.practice.gathers_ahead else 0.0
+    start_s = _beside(sharding.gathers_per_step * sum(gathers_s), gathers_s[0], ahead_s)
+    reduce_s = _beside(sharding.reduces_per_step * sum(reduces_s), reduces_s[0], backward_s)
+    whole_s = overheads.all_reduce_s(trainable)
+    reduce_s += _beside(whole_s, overheads.last_bucket_s(trainable), backward_s)
+    once_s = sharding.gathers_per_step * sum(gathers_s) + sharding.reduces_per_step * sum(reduces_s) + whole_s
     return StageSeconds(
         forward_s=sum(cost.forward_s for cost in costs),
         backward_s=sum(cost.backward_s for cost in costs),
@@ -191,12 +256,41 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
         forward_tensor_s=sum(cost.forward_comm_s for cost in costs),
         backward_tensor_s=sum(cost.backward_comm_s for cost in costs),
         replicated_s=sum(cost.replicated_s for cost in costs),
-        forward_comm_s=sharding.forward_gathers * gather_s,
-        backward_gather_s=sharding.backward_gathers * (gather_s - kept_s),
-        backward_reduce_s=sharding.backward_reduces * reduce_s,
-        start_s=sharding.gathers_per_step * gather_s,
-        reduce_s=sharding.reduces_per_step * reduce_s
-        + overheads.all_reduce_s(trainable)
-        + overheads.addends_s(sum(workload.addends[plan.first_segment : plan.last_segment + 1])),
+        forward_comm_s=shown.forward_gather_s,
+        backward_gather_s=shown.backward_gather_s,
+        backward_reduce_s=shown.backward_reduce_s,
+        hidden_s=shown.hidden_s,
+        start_s=start_s,
+        reduce_s=reduce_s + overheads.addends_s(sum(workload.addends[plan.first_segment : plan.last_segment + 1])),
         optimizer_s=overheads.optimizer_s(trainable),
+        hidden_step_s=once_s - start_s - reduce_s,
     )
+
+
+def _beside(total_s: float, first_s: float, compute_s: float) -> float:
+    """What is left of collectives beside compute, of which the first segment's has none."""
+    return max(min(first_s, total_s), total_s - compute_s)
+
+
+@dataclass
+class _Exposed:
+    """Collectives of data parallelism of one micro-batch, as far as compute does not hide them."""
+
+    forward_gather_s: float = 0.0
+    backward_gather_s: float = 0.0
+    backward_reduce_s: float = 0.0
+    hidden_s: float = 0.0
+
+    def add(self, sharding: Sharding, gather_s: float, again_s: float, reduce_s: float, window: Window) -> None:
+        """One segment, whose parameters are gathered in `gather_s`, and in `again_s` for backward."""
+        forward_s = sharding.forward_gathers * gather_s
+        backward_s, reduce_s = sharding.backward_gathers * again_s, sharding.backward_reduces * reduce_s
+        shown = (
+            max(0.0, forward_s - window.forward_s),
+            max(0.0, backward_s - window.backward_s),
+            max(0.0, reduce_s - max(0.0, window.backward_s - backward_s)),
+        )
+        self.forward_gather_s += shown[0]
+        self.backward_gather_s += shown[1]
+        self.backward_reduce_s += shown[2]
+        self.hidden_s += forward_s + backward_s + reduce_s - sum(shown)

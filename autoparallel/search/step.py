@@ -3,7 +3,7 @@
     end of a rank  = gather + pipeline with its waits + reduction + gradients of tied parameters + optimizer
     step time      = the last end; on a CPU host at least (busy seconds of its processes) / (its cores)
 
-Data-parallel collectives are not overlapped with compute, since the runtime does not promise it.
+Collectives of data parallelism count as far as compute does not hide them (`stage_times`).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _timeline(
 def _distance(strategy: Strategy, stage: int) -> int:
     """Ranks between a stage and the next one, which is back on the first pipeline rank after the last."""
     ranks = (stage + 1) % strategy.num_stages - stage % strategy.num_stages
-    return abs(ranks) * strategy.data_parallel * strategy.tensor_parallel
+    return abs(ranks) * strategy.num_replicas * strategy.tensor_parallel
 
 
 def _tie(workload: Workload, strategy: Strategy, ready_s: list[float]) -> Ties:
@@ -125,5 +125,5 @@ def _core_bound_s(workload: Workload, strategy: Strategy, busy_s: list[float]) -
         return 0.0
     hosts = [0.0] * flavor.num_hosts
     for rank in range(flavor.num_devices):
-        hosts[rank // flavor.devices_per_host] += busy_s[rank // (strategy.data_parallel * strategy.tensor_parallel)]
+        hosts[rank // flavor.devices_per_host] += busy_s[rank // (strategy.num_replicas * strategy.tensor_parallel)]
     return max(hosts) / flavor.cores_per_host

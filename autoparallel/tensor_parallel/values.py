@@ -54,9 +54,9 @@ class Value:
         return self.spec.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoweredSegment:
-    """One segment as one rank runs it."""
+    """One segment as one rank runs it; compared by identity."""
 
     ops: tuple[Op, ...]
     """With local shapes; conversions have targets of `ir.ops.CONVERSIONS`."""

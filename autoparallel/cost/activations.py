@@ -1,0 +1,127 @@
+"""Memory that a segment's ops hold: what autograd keeps under each level of recomputation, and what a backward needs
+while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoparallel.cost.kernels import CROSS_ENTROPY, Size, boundary, groups, score_elements
+from autoparallel.cost.practice import Practice
+from autoparallel.ir.graph import DTYPE_BYTES, Op
+from autoparallel.ir.ops import ATTENTION, DEFERRABLE, attention_window
+
+
+def saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> int:
+    """Distinct storages that autograd keeps, made by these segments' own ops: parameters, inputs and free tensors are
+    held anyway.
+    """
+    made = {op.name for op in ops} - entering
+    kept = {
+        s.storage: s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.saved if s.storage.split(":")[0] in made
+    }
+    windowed = sum(seq * seq for op in ops if op.target == ATTENTION and 0 < attention_window(op) < seq)
+    return sum(kept.values()) + windowed
+
+
+def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practice) -> int:
+    """`saved_bytes` of a program with other kernels: a fused one keeps what enters it and makes the rest again, and
+    unfused attention keeps its probabilities (arXiv 2205.05198).
+    """
+    total = _saved_fused(ops, entering, size) if practice.fused else saved_bytes(ops, entering, **size.local)
+    return total + attention_core_bytes(ops, size, practice)
+
+
+def attention_core_bytes(ops: Sequence[Op], size: Size, practice: Practice) -> int:
+    """What unfused attention keeps: probabilities, and with dropout its mask and what it leaves."""
+    if practice.attention != "unfused":
+        return 0
+    total = 0
+    for op in ops:
+        if op.target == ATTENTION:
+            element = DTYPE_BYTES[op.inputs[0].dtype]
+            drops = 1 + element if op.argument("dropout", 0.0) else 0
+            total += score_elements(op, size) * ((element if practice.fused else 4 + element) + drops)
+    return total
+
+
+def _saved_fused(ops: list[Op], entering: set[str], size: Size) -> int:
+    made = {op.name for op in ops} - entering
+    sources = {op.name: op.inputs[0].name for op in ops if op.is_view}
+    kept: dict[str, int] = {}
+    for group in groups(ops):
+        if not any(op.saved for op in group):
+            continue
+        if len(group) == 1:
+            kept |= {s.storage: s.size_bytes(**size.local) for s in group[0].saved}
+            continue
+        for spec in boundary(group, ops)[0].values():
+            name = spec.name
+            while name in sources:
+                name = sources[name]
+            if spec.requires_grad:
+                kept[name] = spec.size_bytes(**size.local)
+    return sum(size_bytes for storage, size_bytes in kept.items() if storage.split(":")[0] in made)
+
+
+def kept_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+    """What selective recomputation keeps, each output of a contraction in a storage of its own."""
+    return sum(s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.kept)
+
+
+def replayed(ops: list[Op]) -> list[Op]:
+    """The ops of a block that recomputation reaches: it stops at the last tensor that autograd saves, before the kernel
+    of the op that saves it, or after it where that is a result of the kernel.
+    """
+    last = max((i for i, op in enumerate(ops) if op.saved), default=-1)
+    if last < 0:
+        return []
+    saves_result = any(s.storage.split(":")[0] == ops[last].name for s in ops[last].saved)
+    return ops[: last + saves_result]
+
+
+def deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+    """What a split backward leaves for the weights' gradients: values and output gradients, each once."""
+    deferred = [op for op in ops if is_deferrable(op)]
+    values = {value.name: value for value in (op.inputs[DEFERRABLE[op.target].value] for op in deferred)}
+    storages = _gradient_storages(ops, batch=batch, seq=seq)
+    gradients = {storages[op.name]: op.outputs[0] for op in deferred}
+    return sum(tensor.size_bytes(batch=batch, seq=seq) for tensor in (*values.values(), *gradients.values()))
+
+
+def _gradient_storages(ops: list[Op], *, batch: int, seq: int) -> dict[str, str]:
+    """For each op, the last one whose output's gradient comes down to it as it is: branches that end in one sum, as the
+    attention and the MLP of a parallel block, receive the same tensor.
+    """
+    users: dict[str, set[int]] = {}
+    for i, op in enumerate(ops):
+        for spec in op.inputs:
+            users.setdefault(spec.name, set()).add(i)
+    owner: dict[str, str] = {}
+    for op in reversed(ops):
+        used_by = [ops[i] for i in users.get(op.name, ())]
+        passes = len(used_by) == 1 and _passes_gradient(used_by[0], op, batch=batch, seq=seq)
+        owner[op.name] = owner[used_by[0].name] if passes else op.name
+    return owner
+
+
+def _passes_gradient(user: Op, maker: Op, *, batch: int, seq: int) -> bool:
+    """Whether the gradients of what they make lie in one storage."""
+    sizes = {tensor.numel(batch=batch, seq=seq) for op in (maker, user) for tensor in op.outputs}
+    if len(maker.outputs) != 1 or len(user.outputs) != 1 or len(sizes) != 1:
+        return False
+    return user.is_view or (user.target == "aten.add.Tensor" and user.argument("alpha", 1) == 1)
+
+
+def workspace_bytes(op: Op, *, batch: int, seq: int) -> int:
+    """Gradients of one op's output and of its inputs, alive together during its backward; a loss runs as log-softmax
+    and selection, so that there are two of the logits' size.
+    """
+    if op.is_view:
+        return 0
+    hidden = op.inputs[0].size_bytes(batch=batch, seq=seq) if op.target == CROSS_ENTROPY else 0
+    return hidden + sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)
+
+
+def is_deferrable(op: Op) -> bool:
+    return op.target in DEFERRABLE and op.inputs[DEFERRABLE[op.target].weight].requires_grad

@@ -1,0 +1,37 @@
+"""How a program runs its operators: what published programs vary, and what ours does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from autoparallel.ir.schema import Schema
+
+Attention = Literal["flash", "flash-1", "vendor", "unfused"]
+"""One kernel that never writes the scores: PyTorch's (FlashAttention-2, arXiv 2307.08691), the first of its kind (arXiv
+2205.14135), or the one that the device's vendor tuned for it; or matmuls with a softmax between them.
+"""
+
+
+class Practice(Schema):
+    """The defaults are those of the program that is emitted."""
+
+    attention: Attention = "flash"
+    fused: bool = False
+    """Whether element-wise ops and norms between two contractions are one kernel."""
+    matmul_dtype: str | None = None
+    """Of the operands of matmuls, where it is not the compute dtype (fp8)."""
+    overlap: bool = True
+    """Whether collectives of data parallelism run beside compute, where a device can do both."""
+    gathers_ahead: bool = True
+    """Whether parameters whose states are sharded are gathered beside the next forward, not after the optimizer."""
+    gathers_each_parameter: bool = False
+    """Whether sharded parameters are gathered and reduced one by one, not a block at once."""
+    tensor_overlap: bool = False
+    """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
+    dispatch_s: float | None = Field(default=None, ge=0)
+    """Host time to launch a kernel, where it is not the device table's."""
+
+
+OURS = Practice()

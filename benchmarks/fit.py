@@ -1,0 +1,258 @@
+"""Claim: a few physical values for each chip explain the published runs. Fits them, and writes them into the cost
+tables.
+
+In: the carried-over rows, and priors (what isolated kernels and collectives reach). Out: the figures of kind `fitted`
+in `cost_models/`, and what each would be without any one source, in `published/held_out.json`.
+
+Least squares of log(predicted / measured), in which every source weighs the same, with a Huber loss (rows of one
+configuration scatter by up to a third) and a normal prior on the logarithm of each value; by Gauss-Newton steps. A fit
+without a source is one more step from the optimum.
+
+    make fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # as a script, its own folder is on the path, and the repository is not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.cost.tables import load_table
+from benchmarks.published.measured import step_time
+from benchmarks.published.question import Question, question_of
+from benchmarks.published.rows import Unexpressed, read_runs
+from benchmarks.scores.held_out import with_figures
+from benchmarks.scores.price import price
+
+PUBLISHED = Path(__file__).parent / "published"
+TABLES = Path(__file__).parents[1] / "cost_models"
+HUBER = 0.1
+"""Residuals beyond it count linearly."""
+NOISE = 0.08
+"""Of a row, as a share of its time: rows that are identical in every field differ by about as much."""
+STEP = 0.03
+"""Of a logarithm, for derivatives."""
+ROUNDS = 4
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One fitted value of a chip: where it stands in the table, and what is known of it without these rows."""
+
+    path: str
+    prior: float
+    spread: float
+    """Standard deviation of the logarithm."""
+    least: float
+    most: float
+    meaning: str
+
+
+def _share(path: str, prior: float, spread: float, meaning: str) -> Value:
+    return Value(path, prior, spread, 0.05, 1.0, meaning)
+
+
+def _values(*, matmul: float, low: float | None, attention: tuple[str, float], link: float) -> tuple[Value, ...]:
+    """Those of one chip; `low` is the share of the 8-bit peak, where there is one."""
+    lower = [_share("matmul_efficiency.float8", low, 0.08, "share of the 8-bit peak that large matmuls reach")]
+    return (
+        _share("matmul_efficiency.default", matmul, 0.06, "share of the peak that large matmuls reach in training"),
+        *(lower if low is not None else []),
+        Value("matmul_fill_depth", 64.0, 0.5, 1.0, 2000.0, "depth that a tile loses at its ends"),
+        _share("memory_efficiency", 0.75, 0.12, "share of the bandwidth that element-wise kernels reach"),
+        _share(attention[0], attention[1], 0.12, "share of the peak that fused attention reaches"),
+        _share("intra_host.efficiency", link, 0.2, "share of the links inside a host that collectives reach"),
+        _share("network.efficiency", 0.80, 0.2, "share of the network that collectives reach"),
+    )
+
+
+CHIPS: dict[tuple[str, ...], tuple[Value, ...]] = {
+    ("A100-SXM4-80GB", "A100-SXM4-40GB"): _values(
+        matmul=0.80, low=None, attention=("attention_efficiency", 0.58), link=0.78
+    ),
+    ("H100-SXM5-80GB",): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.55), link=0.80),
+    ("GB200", "GB300"): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.50), link=0.80),
+    ("MI250",): _values(matmul=0.60, low=None, attention=("attention_efficiency", 0.35), link=0.60),
+}
+"""Chips with rows. What else is assumed for them, and for all others, stands in their tables."""
+
+
+@dataclass
+class Rows:
+    """Of one chip."""
+
+    questions: list[Question]
+    measured_s: Array
+    sources: list[str]
+    devices: tuple[str, ...]
+    values: tuple[Value, ...]
+
+    def residuals(self, x: Array) -> Array:
+        """log(predicted / measured) at the logarithms `x` of the values."""
+        figures = self.figures(x)
+        tables = {device: with_figures(load_table(device), figures) for device in self.devices}
+        predicted = [price(q, tables[q.flavor.device]).step_time_s for q in self.questions]
+        return np.log(np.array(predicted)) - np.log(self.measured_s)
+
+    def figures(self, x: Array) -> dict[str, Any]:
+        """By path in the table; a matmul's efficiency is a curve of one point."""
+        found: dict[str, Any] = {}
+        for value, log in zip(self.values, x, strict=True):
+            number = float(f"{min(max(math.exp(log), value.least), value.most):.3g}")
+            is_curve = value.path.startswith("matmul_efficiency.")
+            found[value.path + (".points" if is_curve else "")] = [[1e6, number]] if is_curve else number
+        return found
+
+    @property
+    def prior(self) -> Array:
+        return np.log([value.prior for value in self.values])
+
+    def step(self, x: Array, residuals: Array, jacobian: Array, weights: Array) -> Array:
+        """Gauss-Newton with Huber's weights; returns the next logarithms."""
+        w = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residuals), 1e-12)) / NOISE**2
+        precision = np.diag([1 / value.spread**2 for value in self.values])
+        normal = jacobian.T @ (w[:, None] * jacobian) + precision
+        gradient = jacobian.T @ (w * residuals) + precision @ (x - self.prior)
+        moved = x - np.linalg.solve(normal, gradient)
+        limits = np.log([(value.least, value.most) for value in self.values])
+        clipped: Array = np.clip(moved, limits[:, 0], limits[:, 1])
+        return clipped
+
+    def weights(self, *, without: str = "") -> Array:
+        """Every source weighs the same, and four rows at most."""
+        counts = Counter(self.sources)
+        return np.array([0.0 if s == without else min(4, counts[s]) / counts[s] for s in self.sources])
+
+    def jacobian(self, x: Array, residuals: Array) -> Array:
+        columns = []
+        for i in range(len(x)):
+            moved = x.copy()
+            moved[i] -= STEP
+            columns.append((residuals - self.residuals(moved)) / STEP)
+        return np.array(columns).T
+
+
+def gather(path: Path) -> list[Rows]:
+    """The rows of each chip that state a speed."""
+    found: dict[tuple[str, ...], Rows] = {}
+    runs, _ = read_runs(path)
+    for run in runs:
+        try:
+            question = question_of(run)
+        except Unexpressed:
+            continue
+        measured = step_time(run, question)
+        chip = next((names for names in CHIPS if question.flavor.device in names), None)
+        if measured is None or chip is None or run.quality not in ("good", "fair"):
+            continue
+        rows = found.setdefault(chip, Rows([], np.empty(0), [], chip, CHIPS[chip]))
+        rows.questions.append(question)
+        rows.measured_s = np.append(rows.measured_s, measured.seconds)
+        rows.sources.append(run.source.name)
+    return sorted(found.values(), key=lambda rows: -len(rows.questions))
+
+
+def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
+    """The optimum, and for each source the optimum without it."""
+    x, weights = rows.prior, rows.weights()
+    for number in range(ROUNDS):
+        residuals = rows.residuals(x)
+        jacobian = rows.jacobian(x, residuals)
+        error = np.average(np.abs(np.expm1(residuals)), weights=weights)
+        print(f"{rows.devices[0]}, round {number}: mean error {error:.1%} {rows.figures(x)}", file=sys.stderr)
+        x = rows.step(x, residuals, jacobian, weights)
+    residuals = rows.residuals(x)
+    without = {s: rows.step(x, residuals, jacobian, rows.weights(without=s)) for s in sorted(set(rows.sources))}
+    return x, without
+
+
+def spread_of(rows: Rows, without: dict[str, Array]) -> float:
+    """The factor, less one, within which four of five rows lie by the fit without their source."""
+    found, weights = [], rows.weights()
+    for source, x in without.items():
+        mine = [i for i, name in enumerate(rows.sources) if name == source]
+        part = Rows(
+            [rows.questions[i] for i in mine], rows.measured_s[mine], [source] * len(mine), rows.devices, rows.values
+        )
+        found += list(zip(np.abs(part.residuals(x)), weights[mine], strict=True))
+    found.sort()
+    shares = np.cumsum([weight for _, weight in found])
+    index = int(np.searchsorted(shares, 0.8 * shares[-1]))
+    return math.expm1(float(found[index][0]))
+
+
+def write_table(device: str, rows: Rows, x: Array, *, spread: float) -> None:
+    """Put the values into the device's file, a figure a line."""
+    path = TABLES / f"{device}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = sorted(set(rows.sources))
+    source = f"fit of {len(rows.sources)} published runs, {len(names)} sources (benchmarks/fit.py)"
+    for value, (figure, number) in zip(rows.values, rows.figures(x).items(), strict=True):
+        *parents, last = figure.removesuffix(".points").split(".")
+        place = content
+        for part in parents:
+            place = place[part]
+        told = {"kind": "fitted", "source": f"{value.meaning}: {source}"}
+        if figure.endswith(".points"):
+            place[last] = {"points": number, **told}
+        else:
+            place[last] = {"value": number, "unit": _unit(place, last), **told}
+    told = {"kind": "fitted", "source": f"of these runs, each by the {source}, its own source left out"}
+    content["step_time_spread"] = {"value": round(spread, 3), "unit": "fraction", **told}
+    path.write_text(lines(content) + "\n", encoding="utf-8")
+
+
+def _unit(place: dict[str, Any], last: str) -> str:
+    known: str = place[last]["unit"] if last in place else "fraction"
+    return known
+
+
+def lines(content: dict[str, Any], indent: int = 0) -> str:
+    """JSON with one figure a line."""
+    pad = "  " * (indent + 1)
+    parts = []
+    for key, item in content.items():
+        nested = isinstance(item, dict) and not {"value", "points"} & set(item)
+        parts.append(f"{pad}{json.dumps(key)}: {lines(item, indent + 1) if nested else json.dumps(item)}")
+    return "{\n" + ",\n".join(parts) + "\n" + "  " * indent + "}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fits every chip and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=PUBLISHED / "runs.json")
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    options = parser.parse_args(arguments)
+    held_out: dict[str, dict[str, dict[str, Any]]] = {}
+    least_spread = 0.0
+    for rows in gather(options.runs):  # those with most rows come first: others scatter no less
+        best, without = fit(rows)
+        spread = max(spread_of(rows, without), least_spread)
+        least_spread = least_spread or spread
+        print(rows.devices, rows.figures(best), f"spread {spread:.3f}")
+        for device in rows.devices:
+            if not options.dry:
+                write_table(device, rows, best, spread=spread)
+            for source, x in without.items():
+                held_out.setdefault(source, {})[device] = rows.figures(x)
+    if not options.dry:
+        (PUBLISHED / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

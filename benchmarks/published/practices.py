@@ -1,0 +1,192 @@
+"""How frameworks train where a row does not say: one entry for each, with its source.
+
+The first entry with a word in the row's framework holds, the last holds for every other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoparallel.cost.practice import Attention
+
+
+@dataclass(frozen=True)
+class Practice:
+    """What a framework does unless told otherwise."""
+
+    words: tuple[str, ...]
+    source: str
+    overlaps_from: int = 0
+    """The lowest distribute_param at which gradients are reduced, and parameters gathered, beside compute."""
+    fused: bool = True
+    """Element-wise kernels are merged: by a compiler, or written so by hand."""
+    attention: Attention = "flash"
+    flash: Attention = "flash"
+    """Whose kernel a row means by "flash" without a version."""
+    gathers_ahead: bool = True
+    """Parameters with sharded states are gathered beside the next forward."""
+    gathers_each_parameter: bool = False
+    """One collective for each sharded tensor."""
+    tensor_overlap: bool = False
+    """Collectives of tensor parallelism run beside the matmuls next to them."""
+    dispatch_s: float | None = None
+    """Host time for each kernel, where it is known to be another than PyTorch's."""
+    distribute_param: int = 0
+    sequence_parallel: bool = False
+    """With tensor parallelism."""
+    gradient_dtype: str | None = None
+    """In which gradients are summed; None is the dtype of compute."""
+    master_dtype: str = "float32"
+    optimizer: str = "adamw"
+    dropout: float = 0.0
+    fills_stages: bool = False
+    """Layers that do not divide over the stages fill all but the last; otherwise they are spread."""
+
+
+NEVER = 4
+PRACTICES: tuple[Practice, ...] = (
+    Practice(
+        ("megascale",),
+        "Jiang et al., arXiv 2402.15627, sections 3.1 to 3.3: ZeRO with prefetched gathers, FlashAttention-2, merged "
+        "normalisation and GeLU; collectives of tensor parallelism beside matmuls",
+        tensor_overlap=True,
+        distribute_param=1,
+        sequence_parallel=True,
+        gradient_dtype="float32",
+    ),
+    Practice(
+        ("zero-bubble",),
+        "Qi et al., arXiv 2401.10241: Megatron-LM in fp16, no flash attention (its memory of activations says so)",
+        overlaps_from=NEVER,
+        attention="unfused",
+        dropout=0.1,
+    ),
+    Practice(
+        ("deepspeed",),
+        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: overlap_comm is on at ZeRO-3 alone, communication "
+        "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
+        "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
+        overlaps_from=3,
+        gathers_each_parameter=True,
+        dispatch_s=54e-6,
+        attention="unfused",
+        dropout=0.1,
+        fills_stages=True,
+    ),
+    Practice(
+        ("aa-scaling", "aleph"),
+        "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; that 13B in bf16 fits on one GPU "
+        "says that gradients are bf16 too",
+        fused=False,
+        distribute_param=1,
+    ),
+    Practice(
+        ("bridge", "nemo 2", "nemo 1", "megatron-core", "mcore", "primus", "transformer engine"),
+        "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer; gradients, parameters and "
+        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
+        attention="vendor",
+        flash="vendor",
+        tensor_overlap=True,
+        distribute_param=1,
+        sequence_parallel=True,
+        gradient_dtype="bfloat16",
+    ),
+    Practice(
+        ("nemo megatron",),
+        "NeMo-Megatron-Launcher's conf/training/gpt3: distributed optimizer with overlap, masked softmax merged, no "
+        "flash attention, dropout 0.1",
+        attention="unfused",
+        distribute_param=1,
+        sequence_parallel=True,
+        gradient_dtype="bfloat16",
+        dropout=0.1,
+    ),
+    Practice(
+        ("nemo",),
+        "as NeMo's later releases",
+        attention="vendor",
+        flash="vendor",
+        tensor_overlap=True,
+        distribute_param=1,
+        sequence_parallel=True,
+        gradient_dtype="bfloat16",
+    ),
+    Practice(
+        ("megatron",),
+        "Narayanan et al., arXiv 2104.04473, section 4: merged kernels of bias, GeLU, dropout and softmax; gradients "
+        "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1",
+        overlaps_from=NEVER,
+        attention="unfused",
+        dropout=0.1,
+    ),
+    Practice(
+        ("llm-foundry", "composer", "mosaic"),
+        "llm-foundry's yamls of MPT and Composer's FSDP: no torch.compile, FULL_SHARD with prefetch, low-precision "
+        "LayerNorm, no dropout; mixed_precision DEFAULT reduces in fp32, PURE in the compute dtype; the first "
+        "FlashAttention, as its Triton kernel or its package of that year",
+        flash="flash-1",
+        fused=False,
+        distribute_param=3,
+        gradient_dtype="float32",
+    ),
+    Practice(
+        ("internlm", "internevo"),
+        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; gradients in the compute dtype; "
+        "flash-attn 1 among its requirements",
+        flash="flash-1",
+        gathers_ahead=False,
+        gathers_each_parameter=True,
+        distribute_param=1,
+    ),
+    Practice(
+        ("torchtitan",),
+        "torchtitan's docs and arXiv 2410.06511: FSDP2, bf16 parameters, fp32 reduction, flash SDPA",
+        fused=False,
+        distribute_param=3,
+        sequence_parallel=True,
+        gradient_dtype="float32",
+    ),
+    Practice(
+        ("maxtext", "jax", "levanter", "pax", "t5x"),
+        "XLA merges element-wise kernels and overlaps collectives by its latency-hiding scheduler",
+        distribute_param=3,
+        gradient_dtype="float32",
+    ),
+    Practice(
+        ("lit-gpt", "litgpt", "tinyllama"),
+        "TinyLlama's README: FSDP, FlashAttention-2, merged normalisation, SwiGLU, cross entropy and rotary embedding",
+        distribute_param=3,
+    ),
+    Practice(
+        ("gemini", "colossal"),
+        "ColossalAI's docs of Gemini: parameters and optimizer states in chunks over all ranks, fp32 masters",
+        overlaps_from=NEVER,
+        fused=False,
+        distribute_param=3,
+    ),
+    Practice(
+        ("fsdp",),
+        "PyTorch's FSDP tutorial: mixed precision in bf16 throughout, prefetched gathers",
+        fused=False,
+        distribute_param=3,
+    ),
+    Practice(
+        ("zero", "accelerate", "transformers", "axolotl", "llama-factory", "hugging"),
+        "DeepSpeed ZeRO with its `overlap_comm` as Hugging Face's guides set it; eager kernels",
+        fused=False,
+        distribute_param=2,
+    ),
+    Practice(
+        ("",),
+        "any other framework: eager kernels, flash attention, gradients reduced beside backward as "
+        "DistributedDataParallel does",
+        fused=False,
+        gradient_dtype="float32",
+    ),
+)
+
+
+def practice_of(framework: str) -> Practice:
+    """The entry for a framework by whatever name."""
+    name = framework.casefold()
+    return next(practice for practice in PRACTICES if any(word in name for word in practice.words))

@@ -1,0 +1,243 @@
+"""A row in, the question that `autoparallel.estimate` is asked out, with everything that had to be assumed; or the
+reason why we cannot ask it. Fields and words of the row decide, never its id.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import get_args
+
+from pydantic import ValidationError
+
+from autoparallel.cost.practice import Attention
+from autoparallel.ir.flavor import Flavor
+from autoparallel.plans.strategy import Recomputation, ScheduleName, Strategy
+from benchmarks.published.hardware import flavor_of
+from benchmarks.published.layout import Layout, layers_by_stage, layout_of, stages_of
+from benchmarks.published.models import Structure, structure_of
+from benchmarks.published.practices import Practice, practice_of
+from benchmarks.published.rows import Run, Unexpressed
+
+DTYPES = (
+    ("fp4", "float4"), ("fp8", "float8"), ("float8", "float8"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16"),
+    ("fp16", "float16"), ("float16", "float16"), ("half", "float16"), ("fp32", "float32"), ("float32", "float32"),
+)  # fmt: skip
+"""By a word of the row's precision; of two that are named, the first of this list."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `estimate` that say how the framework trains."""
+
+    dtype: str
+    attention: Attention
+    fused: bool
+    overlap: bool
+    gathers_ahead: bool
+    gathers_each_parameter: bool
+    tensor_overlap: bool
+    dispatch_s: float | None
+    optimizer: str
+    gradient_dtype: str | None
+    master_dtype: str | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of `estimate`."""
+
+    structure: Structure
+    flavor: Flavor
+    strategy: Strategy
+    batch_size: int
+    seq_len: int
+    options: Options
+    assumptions: tuple[str, ...]
+
+
+def question_of(run: Run) -> Question:
+    """Raises Unexpressed."""
+    _check_kind(run)
+    practice = practice_of(run.framework)
+    structure, assumptions = structure_of(run.model, dropout=practice.dropout, said=run.said)
+    flavor, of_flavor = flavor_of(run)
+    assumptions += of_flavor
+    layout = layout_of(run, flavor, assumptions)
+    options = _options(run, practice, assumptions)
+    fields = {
+        "num_stages": layout.pipeline,
+        "tensor_parallel": layout.tensor,
+        "data_parallel": layout.data,
+        "batch_per_device": layout.micro_batch,
+        "num_micro_batches": layout.num_micro_batches,
+        "distribute_param": _sharded(run, structure, flavor, layout, options, assumptions),
+        "sequence_parallel": _sequence_parallel(run, layout, practice, assumptions),
+        "schedule": _schedule(run, layout),
+        "virtual_stages": layout.virtual,
+        "shard_group_size": _shard_group_size(run, layout),
+        "context_parallel": layout.context,
+        **_recomputed_stages(run, structure, layout, practice, assumptions),
+    }
+    try:
+        strategy = Strategy.model_validate(fields)
+    except ValidationError as error:
+        raise Unexpressed(f"no such strategy: {error.errors(include_url=False)[0]['msg']}") from error
+    return Question(
+        structure=structure,
+        flavor=flavor,
+        strategy=strategy,
+        batch_size=layout.global_batch,
+        seq_len=layout.seq_len,
+        options=options,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _check_kind(run: Run) -> None:
+    """What we do not price at all."""
+    said = f"{run.said} {run.framework} {run.model.name}".casefold()
+    if re.search(r"\b(q?lora|peft|adapters?)\b", said):
+        raise Unexpressed("only adapters are trained")
+    if re.search(r"\boffload", said) and not re.search(r"\b(no|without) (\w+ )?offload", said):
+        raise Unexpressed("tensors are offloaded to the host")
+
+
+def _distribute_param(run: Run) -> int:
+    return practice_of(run.framework).distribute_param if run.zero is None else run.zero
+
+
+def _sharded(
+    run: Run, structure: Structure, flavor: Flavor, layout: Layout, options: Options, assumptions: list[str]
+) -> int:
+    """As stated. A run whose parameters and gradients alone exceed the memory has sharded them whatever it states."""
+    level = _distribute_param(run)
+    if run.zero is None and layout.data > 1:
+        assumptions.append(f"zero is not stated: {level}")
+    gradient_bytes = 4 if options.gradient_dtype == "float32" else 2
+    held_bytes = structure.num_parameters / (layout.tensor * layout.pipeline) * (2 + gradient_bytes)
+    if level < 3 and layout.data > 1 and held_bytes > flavor.memory_bytes and not run.out_of_memory:
+        assumptions.append(f"{held_bytes / 2**30:.0f} GiB of parameters and gradients do not fit: zero 3")
+        return 3
+    return level
+
+
+def _sequence_parallel(run: Run, layout: Layout, practice: Practice, assumptions: list[str]) -> bool:
+    if layout.tensor == 1:
+        return False
+    if run.sequence_parallel is None:
+        assumptions.append(f"sequence_parallel is not stated: {practice.sequence_parallel}")
+        return practice.sequence_parallel
+    return run.sequence_parallel
+
+
+def _schedule(run: Run, layout: Layout) -> str:
+    name = run.schedule.casefold()
+    if layout.pipeline == 1:
+        return "1f1b"
+    if layout.virtual > 1:
+        return "interleaved"
+    if name.startswith(("zb", "zero")):
+        double = re.search(r"2p|zbv|zb-v", name) is not None
+        return "zb-2p" if double and "zb-2p" in get_args(ScheduleName) else "zero_bubble"
+    return "gpipe" if "gpipe" in name or "fill-drain" in name else "1f1b"
+
+
+def _recomputed_stages(
+    run: Run, structure: Structure, layout: Layout, practice: Practice, assumptions: list[str]
+) -> dict[str, object]:
+    level, share = _recomputation(run, assumptions)
+    counts = layers_by_stage(
+        structure.layers,
+        layout.pipeline * layout.virtual,
+        fewer_at_ends="fewer" in run.said,
+        fills=practice.fills_stages,
+    )
+    fields: dict[str, object] = {"recomputation": level, "stages": counts and stages_of(counts, level, share)}
+    return fields | ({"least_recomputation": "none"} if 0 < share < 1 else {})
+
+
+def _recomputation(run: Run, assumptions: list[str]) -> tuple[Recomputation, float]:
+    """The level, and the share of blocks that have it.
+
+    A row that states both utilisations states how much of the forward ran twice: their ratio is 1 + share / 3. That
+    tells selective checkpointing by blocks (some of them in full) from selective recomputation inside each of them.
+    """
+    name, measured = run.recompute.casefold(), run.measured
+    if measured.mfu and measured.hfu:
+        share = min(1.0, 3 * (measured.hfu / measured.mfu - 1))
+        if share < 0.05:
+            return "none", 0.0
+        if share < 0.9:
+            assumptions.append(f"{share:.0%} of the blocks are recomputed, by the ratio of hfu and mfu")
+            return "full", share
+        return "full", 1.0
+    if name in ("", "unknown", "not stated"):
+        assumptions.append("recompute is not stated: none")
+        return "none", 0.0
+    if name in ("none", "false", "no", "off"):
+        return "none", 0.0
+    if any(word in name for word in ("selective", "minimal", "attention", "attn")):
+        return "selective", 1.0
+    return "full", 1.0
+
+
+def _shard_group_size(run: Run, layout: Layout) -> int | None:
+    """Hybrid sharding, which rows state in words: over some GPUs, replicated across the others."""
+    words = re.search(r"shard\w* over (\d+) (?:gpu|rank|device)", run.said)
+    size = int(words[1]) if words else 0
+    if not size and re.search(r"\bhsdp\b|hybrid shard", run.said):
+        size = run.gpus_per_node or 8
+    return size if 0 < size < layout.data and layout.data % size == 0 else None
+
+
+def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
+    kernel = run.attention_kernel.casefold()
+    if not kernel:
+        assumptions.append(f"attention_kernel is not stated: {practice.attention}")
+    unfused = any(word in kernel for word in ("unfused", "no flash", "eager", "math", "naive"))
+    merged = re.search(r"\b(merged|fused)\b", f"{run.said} {kernel}") is not None
+    return Options(
+        dtype=_dtype(run.precision, assumptions),
+        attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
+        fused=practice.fused or merged if run.compile is None else run.compile,
+        overlap=_distribute_param(run) >= practice.overlaps_from,
+        gathers_ahead=practice.gathers_ahead,
+        gathers_each_parameter=practice.gathers_each_parameter,
+        tensor_overlap=practice.tensor_overlap,
+        dispatch_s=practice.dispatch_s,
+        optimizer=practice.optimizer,
+        gradient_dtype=_gradient_dtype(run, practice),
+        master_dtype=practice.master_dtype,
+    )
+
+
+def _flash(kernel: str, practice: Practice) -> Attention:
+    """Whose: as the row says, or as the framework has it."""
+    if re.search(r"transformer.?engine|\bte\b|cudnn|flash.?(attention)?.?3", kernel):
+        return "vendor"
+    if re.search(r"2|sdpa", kernel):
+        return "flash"
+    return practice.flash
+
+
+def _gradient_dtype(run: Run, practice: Practice) -> str | None:
+    """As the row says, or as the framework does. Composer's FSDP calls all-bf16 PURE."""
+    if re.search(r"\bpure\b", run.said):
+        return None
+    if re.search(r"gradients? (\w+ )?in fp32|fp32 gradients?", run.said):
+        return "float32"
+    return practice.gradient_dtype
+
+
+def _dtype(precision: str, assumptions: list[str]) -> str:
+    name = precision.casefold()
+    if "tf32" in name:
+        raise Unexpressed("precision tf32")
+    if not name:
+        assumptions.append("precision is not stated: bf16")
+        return "bfloat16"
+    for word, dtype in DTYPES:
+        if word in name:
+            return dtype
+    raise Unexpressed(f"precision {precision}")

@@ -1,0 +1,45 @@
+"""The one place that asks the project: a question in, `autoparallel.estimate` out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import cache
+
+import autoparallel
+from autoparallel.cost.tables import CostTable
+from autoparallel.ir.graph import Graph
+from autoparallel.plans.estimate import Estimate
+from benchmarks.published.models import Structure
+from benchmarks.published.question import Question
+
+BLOCKS = 2
+
+
+def price(question: Question, table: CostTable | None = None) -> Estimate:
+    """By the device's own table or another one."""
+    return autoparallel.estimate(
+        graph_of(question.structure),
+        question.flavor,
+        question.strategy,
+        batch_size=question.batch_size,
+        seq_len=question.seq_len,
+        table=table,
+        **asdict(question.options),
+    )
+
+
+@cache
+def graph_of(structure: Structure) -> Graph:
+    """Of any depth from one capture: that takes seconds, an estimate milliseconds."""
+    from autoparallel.capture.depth import grow
+
+    return grow(_two_blocks(replace(structure, layers=BLOCKS)), structure.layers)
+
+
+@cache
+def _two_blocks(structure: Structure) -> Graph:
+    import torch
+
+    from autoparallel.capture.program import capture
+
+    return capture(structure.config(), dtype=torch.bfloat16).graph

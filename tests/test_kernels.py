@@ -1,0 +1,141 @@
+"""Kernels of a step: their work is that of the graph, whichever way a program runs its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx as nx
+import pytest
+
+from autoparallel.capture.depth import grow
+from autoparallel.capture.program import capture
+from autoparallel.cost.activations import saved_under
+from autoparallel.cost.kernels import Kernel, Size, groups, kernels
+from autoparallel.cost.practice import OURS, Practice
+from autoparallel.ir.graph import Graph, Op
+from autoparallel.ir.ops import ATTENTION, contracted_inputs, flops
+from tests.families import make_model
+
+SIZE = Size(batch=2, seq=16)
+FUSED = Practice(fused=True)
+UNFUSED_ATTENTION = Practice(fused=True, attention="unfused")
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, Graph]:
+    return {family: capture(make_model(family)).graph for family in ("llama", "gpt2")}
+
+
+def _matmul_flops(found: Iterable[Kernel]) -> float:
+    return sum(2.0 * k.products * k.rows * k.columns * k.depth for k in found if k.kind == "matmul")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("practice", [OURS, FUSED])
+def test_matmuls_do_the_flops_of_the_graph(family: str, practice: Practice, graphs: dict[str, Graph]) -> None:
+    ops = list(graphs[family].ops())
+    counted = [flops(op, **SIZE.whole) for op in ops if op.target != ATTENTION]
+    found = kernels(ops, SIZE, practice)
+    assert _matmul_flops(k for part in found for k in part.forward) == sum(f.forward for f in counted)
+    backward = (k for part in found for k in (*part.backward, *part.weight))
+    assert _matmul_flops(backward) == sum(f.backward for f in counted)
+
+
+def test_unfused_attention_does_what_is_masked_too(graphs: dict[str, Graph]) -> None:
+    ops = [op for op in graphs["llama"].ops() if op.target == ATTENTION]
+    counted = [flops(op, **SIZE.whole) for op in ops]
+    flash, unfused = (kernels(ops, SIZE, practice) for practice in (FUSED, UNFUSED_ATTENTION))
+    assert sum(k.flops for part in flash for k in part.forward) == sum(f.executed_forward for f in counted)
+    assert _matmul_flops(k for part in unfused for k in part.forward) == sum(f.forward for f in counted)
+    assert _matmul_flops(k for part in unfused for k in part.backward) == sum(f.backward for f in counted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_groups_hold_every_op_once_and_run_at_one_time(family: str, graphs: dict[str, Graph]) -> None:
+    """No path leaves a group and comes back: the kernel could not run."""
+    graph = graphs[family]
+    ops = graph.segment_ops(1)
+    found = groups(ops)
+    assert sorted(op.name for group in found for op in group) == sorted(op.name for op in ops)
+    assert max(len(group) for group in found) > 3
+    block = nx.DiGraph(graph.dag.subgraph([op.name for op in ops]))
+    for group in found:
+        assert len(group) == 1 or not any(contracted_inputs(op) for op in group)
+        whole = block.copy()
+        for op in group[1:]:
+            nx.contracted_nodes(whole, group[0].name, op.name, self_loops=False, copy=False)
+        assert nx.is_directed_acyclic_graph(whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fusion_saves_bytes_and_launches(family: str, graphs: dict[str, Graph]) -> None:
+    ops = graphs[family].segment_ops(1)
+    eager, fused = (kernels(ops, SIZE, practice) for practice in (OURS, FUSED))
+
+    def moved(parts: Iterable[tuple[Kernel, ...]]) -> tuple[int, float]:
+        light = [k for part in parts for k in part if k.kind == "memory"]
+        return len(light), sum(k.moved_bytes for k in light)
+
+    for phase in ("forward", "backward"):
+        (more, large), (fewer, small) = (moved(getattr(part, phase) for part in found) for found in (eager, fused))
+        assert fewer < more
+        assert small < 0.7 * large
+    entering = {spec.name for spec in graphs[family].boundaries[1]}
+    assert 0 < saved_under(ops, entering, SIZE, FUSED) < saved_under(ops, entering, SIZE, OURS)
+
+
+def test_probabilities_are_kept_by_unfused_attention(graphs: dict[str, Graph]) -> None:
+    ops = graphs["gpt2"].segment_ops(1)
+    (query,) = (op.inputs[0] for op in ops if op.target == ATTENTION)
+    more = saved_under(ops, set(), SIZE, UNFUSED_ATTENTION) - saved_under(ops, set(), SIZE, FUSED)
+    heads = query.shape[1]
+    assert isinstance(heads, int)
+    assert more == SIZE.batch * heads * SIZE.seq**2 * 8  # fp64
+
+
+def test_ranks_of_a_context_share_the_work(graphs: dict[str, Graph]) -> None:
+    def attention(size: Size) -> Kernel:
+        (op,) = _attentions(graphs["llama"].segment_ops(1))
+        return kernels([op], size, OURS)[0].forward[0]
+
+    alone, shared = attention(Size(2, 64)), attention(Size(2, 64, context_parallel=4))
+    assert shared.flops == alone.flops / 4
+
+
+def _attentions(ops: Iterable[Op]) -> list[Op]:
+    return [op for op in ops if op.target == ATTENTION]
+
+
+def test_low_precision_matmuls_come_after_a_cast(graphs: dict[str, Graph]) -> None:
+    ops = [op for op in graphs["llama"].segment_ops(1) if op.target == "aten.linear.default"]
+    low = Practice(matmul_dtype="float8")
+    assert len(ops) == 7
+    for op, part in zip(ops, kernels(ops, SIZE, low), strict=True):
+        cast, matmul = part.forward
+        assert (cast.kind, matmul.kind, matmul.dtype) == ("memory", "matmul", "float8")
+        assert cast.moved_bytes == op.inputs[0].numel(**SIZE.local) * (8 + 2)  # read in fp64, written twice
+        assert part.backward[0].moved_bytes == op.outputs[0].numel(**SIZE.local) * (8 + 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_grown_graph_is_that_of_the_deeper_model(family: str, graphs: dict[str, Graph]) -> None:
+    deep, config = graphs[family], make_model(family).config
+    config.num_hidden_layers = 2
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:2]
+    grown = grow(capture(config, dtype=make_model(family).dtype).graph, deep.num_segments - 2)
+    assert grown.segment_classes == deep.segment_classes
+    assert {(p.name, p.shape, p.segments) for p in grown.parameters} == {
+        (p.name, p.shape, p.segments) for p in deep.parameters
+    }
+    for segment in range(deep.num_segments):
+        assert [s.shape for s in grown.boundaries[segment]] == [s.shape for s in deep.boundaries[segment]]
+        ours, theirs = (
+            [
+                (op.target, op.module, [s.shape for s in op.inputs], [s.size_bytes(**SIZE.local) for s in op.saved])
+                for op in graph.segment_ops(segment)
+            ]
+            for graph in (grown, deep)
+        )
+        assert ours == theirs
+        assert grown.runs_backward(segment) == deep.runs_backward(segment)
