@@ -125,7 +125,7 @@ def refusals(strategy: Strategy) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("strategy", [pytest.param(PIPELINED, marks=pytest.mark.slow), *PLANS[1:]])
 def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
     for found in run_ranks(2, refusals, strategy):
         assert found == [f"{habit.__name__}: refused" for habit in REFUSED]

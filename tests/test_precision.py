@@ -190,8 +190,7 @@ PLANS = [
 @pytest.mark.parametrize(
     ("family", "masters", "plans"),
     [
-        ("llama", torch.float32, [PLANS[4]]),
-        pytest.param("llama", torch.float32, [PLANS[1], PLANS[6]], marks=pytest.mark.slow),
+        pytest.param("llama", torch.float32, [PLANS[1], PLANS[4], PLANS[6]], marks=pytest.mark.slow),
         pytest.param("llama", torch.bfloat16, PLANS, marks=pytest.mark.slow),
         pytest.param("gpt2-untied", torch.float32, PLANS, marks=pytest.mark.slow),
     ],

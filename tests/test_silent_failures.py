@@ -284,7 +284,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+QUICK = (gathered_parameters, tied_weights, norms_on_sequence_shards)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.__name__,
+)
 def test_equals_one_device(case: Callable[[bool], tuple[Values, Values]]) -> None:
     for plain, found in run_ranks(2, case, True):
         assert found == pytest.approx(plain, rel=1e-5)

@@ -89,7 +89,7 @@ SIZE: dict[str, Any] = {"num_stages": 2, "data_parallel": 4, "num_micro_batches"
         pytest.param({"recomputation": "full", "tensor_parallel": 2}, marks=pytest.mark.slow),
         {"recomputation": "selective", "tensor_parallel": 2, "sequence_parallel": True, "data_parallel": 1},
         pytest.param({"recomputation": "selective", "distribute_param": 1}, marks=pytest.mark.slow),
-        {"recomputation": "none", "distribute_param": 3},
+        pytest.param({"recomputation": "none", "distribute_param": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_small_model(fields: dict[str, Any], programs: dict[str, Program]) -> None:

@@ -141,7 +141,6 @@ QUICK = [
     "replicas",
     "frozen-stage",
     "tensor-full",
-    "parameters-sharded-sequence",
     "zero-bubble",
 ]
 
