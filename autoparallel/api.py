@@ -167,11 +167,6 @@ def estimate(
         precision = choose_precision(resolved, dtype=of_compute, model_dtype=_model_dtype(model))
         graph = _capture(model, precision).graph
     precision = precision.varied(optimizer=optimizer, gradient_dtype=gradient_dtype, master_dtype=master_dtype)
-    constraints = Constraints(
-        memory_ratio=memory_ratio,
-        batch_per_device=strategy.batch_per_device,
-        tensor_parallel=strategy.tensor_parallel,
-    )
     workload = _workload(
         graph,
         resolved,
@@ -179,8 +174,7 @@ def estimate(
         batch_size=batch_size,
         seq_len=seq_len,
         precision=precision,
-        constraints=constraints,
-        micro_batch_sizes=[strategy.batch_per_device],
+        constraints=Constraints(memory_ratio=memory_ratio),
         practice=Practice(
             attention=attention,
             fused=fused,
@@ -341,7 +335,6 @@ def _workload(
     seq_len: int,
     precision: Precision,
     constraints: Constraints,
-    micro_batch_sizes: list[int] | None = None,
     practice: Practice = OURS,
     only: Strategy | None = None,
 ) -> Workload:
@@ -350,10 +343,9 @@ def _workload(
     from autoparallel.space.candidates import enumerate_strategies, tensor_degrees
 
     if only is not None:
-        degrees = [only.tensor_parallel]
+        degrees, micro_batch_sizes = [only.tensor_parallel], [only.batch_per_device]
     else:
         degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
-    if micro_batch_sizes is None:
         strategies = enumerate_strategies(
             num_devices=flavor.num_devices,
             batch_size=batch_size,

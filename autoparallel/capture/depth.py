@@ -4,26 +4,15 @@ and equal blocks are priced once.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import replace
-from typing import Any
 
 import networkx as nx
 
-from autoparallel.capture.program import capture
 from autoparallel.errors import CaptureError
 from autoparallel.ir.graph import Graph, Op, Parameter, SavedTensor, TensorSpec
 
 CAPTURED_BLOCKS = 2
-
-
-def capture_graph(config: Any, *, dtype: Any = None) -> Graph:
-    """The graph of an HF config whose blocks are all alike, captured at two blocks. Raises CaptureError for others."""
-    small = copy.deepcopy(config)
-    num_blocks = config.num_hidden_layers
-    small.num_hidden_layers = min(num_blocks, CAPTURED_BLOCKS)
-    return grow(capture(small, dtype=dtype).graph, num_blocks)
 
 
 def grow(graph: Graph, num_blocks: int) -> Graph:

@@ -82,7 +82,7 @@ def replayed(ops: list[Op]) -> list[Op]:
 
 def deferred_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
     """What a split backward leaves for the weights' gradients: values and output gradients, each once."""
-    deferred = [op for op in ops if is_deferrable(op)]
+    deferred = [op for op in ops if _is_deferrable(op)]
     values = {value.name: value for value in (op.inputs[DEFERRABLE[op.target].value] for op in deferred)}
     storages = _gradient_storages(ops, batch=batch, seq=seq)
     gradients = {storages[op.name]: op.outputs[0] for op in deferred}
@@ -123,5 +123,5 @@ def workspace_bytes(op: Op, *, batch: int, seq: int) -> int:
     return hidden + sum(t.size_bytes(batch=batch, seq=seq) for t in (*op.outputs, *op.inputs) if t.requires_grad)
 
 
-def is_deferrable(op: Op) -> bool:
+def _is_deferrable(op: Op) -> bool:
     return op.target in DEFERRABLE and op.inputs[DEFERRABLE[op.target].weight].requires_grad

@@ -81,17 +81,6 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=1,
     ),
     Practice(
-        ("bridge", "nemo 2", "nemo 1", "megatron-core", "mcore", "primus", "transformer engine"),
-        "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer; gradients, parameters and "
-        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
-        attention="vendor",
-        flash="vendor",
-        tensor_overlap=True,
-        distribute_param=1,
-        sequence_parallel=True,
-        gradient_dtype="bfloat16",
-    ),
-    Practice(
         ("nemo megatron",),
         "NeMo-Megatron-Launcher's conf/training/gpt3: distributed optimizer with overlap, masked softmax merged, no "
         "flash attention, dropout 0.1",
@@ -102,8 +91,9 @@ PRACTICES: tuple[Practice, ...] = (
         dropout=0.1,
     ),
     Practice(
-        ("nemo",),
-        "as NeMo's later releases",
+        ("bridge", "nemo", "megatron-core", "mcore", "primus", "transformer engine"),
+        "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer; gradients, parameters and "
+        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
         attention="vendor",
         flash="vendor",
         tensor_overlap=True,

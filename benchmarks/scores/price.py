@@ -12,8 +12,6 @@ from autoparallel.plans.estimate import Estimate
 from benchmarks.published.models import Structure
 from benchmarks.published.question import Question
 
-BLOCKS = 2
-
 
 def price(question: Question, table: CostTable | None = None) -> Estimate:
     """By the device's own table or another one."""
@@ -31,9 +29,9 @@ def price(question: Question, table: CostTable | None = None) -> Estimate:
 @cache
 def graph_of(structure: Structure) -> Graph:
     """Of any depth from one capture: that takes seconds, an estimate milliseconds."""
-    from autoparallel.capture.depth import grow
+    from autoparallel.capture.depth import CAPTURED_BLOCKS, grow
 
-    return grow(_two_blocks(replace(structure, layers=BLOCKS)), structure.layers)
+    return grow(_two_blocks(replace(structure, layers=CAPTURED_BLOCKS)), structure.layers)
 
 
 @cache
