@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +144,41 @@ def test_training_arguments_made_before_the_line_see_one_process(tmp_path: Path)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
     done = python(*torchrun, cwd=tmp_path)
     assert sorted(done.stdout.splitlines())[0] + "\n" == f"2 {expected}", done.stderr[-2000:]
+
+
+def test_threads_finish_before_the_interpreter_ends() -> None:
+    """A thread that still computes, outside the interpreter, and needs it once more."""
+    data, done = bytes(100 << 20), threading.Event()
+
+    def compute() -> None:
+        hashlib.sha256(data)
+        done.set()
+
+    threading.Thread(target=compute).start()
+    assert not done.is_set()
+    launch._let_threads_finish()
+    assert done.is_set()
+
+
+@pytest.mark.parametrize("before", ["", "dist.init_process_group('gloo')"], ids=["ours", "the-script's"])
+def test_ranks_leave_whoever_set_up_torch_distributed(before: str, tmp_path: Path) -> None:
+    """The last collectives are of groups that nobody destroys."""
+    body = """
+import atexit
+import torch, torch.distributed as dist
+left, register = [], atexit.register
+atexit.register = lambda handler: (left.append(handler), register(handler))
+BEFORE
+launch.ensure_launched(flavor(2))
+groups = [dist.new_group([0, 1]) for _ in range(8)]
+works = [dist.all_reduce(torch.ones(2000), group=group, async_op=True) for group in groups for _ in range(8)]
+for work in works:
+    work.wait()
+print(works[0].is_completed(), launch._leave in left, flush=True)
+"""
+    write(tmp_path, body.replace("BEFORE", before))
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "True True"), done.stderr[-2000:]
 
 
 def test_a_module_runs_and_the_failing_rank_is_shown_last(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def ensure_launched(flavor: Flavor) -> None:
         if dist.get_world_size() != flavor.num_devices:
             raise _world_size_error(flavor, dist.get_world_size())
         _hide_ranks()
+        atexit.register(_leave)
         return
     environment = _rank_environment()
     if environment:
@@ -144,9 +145,7 @@ def _join(flavor: Flavor) -> None:
 
 
 def _leave() -> None:
-    """The exit handler. A group that is never destroyed may abort the process while its threads are torn down; after an
-    error nothing is torn down, since collectives may never end.
-    """
+    """The exit handler. After an error nothing is torn down, since collectives may never end."""
     code = exit_code()
     if code is not None:
         sys.stdout.flush()
@@ -154,6 +153,31 @@ def _leave() -> None:
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
+    _let_threads_finish()
+
+
+def _let_threads_finish() -> None:
+    """Wait, at most a second, until no thread of this process has anything left to run.
+
+    A collective is done for who waits for it before gloo's thread lets go of its tensors. For that the thread needs the
+    interpreter; Python 3.11 ends a thread that asks for it too late, and C++ answers by aborting the process
+    (https://github.com/pytorch/pytorch/pull/179291). Destroying the groups ends their threads only where nothing
+    refers to a group any more, and the user's model does.
+    """
+    tasks = Path("/proc/self/task")
+    for _ in range(100):
+        time.sleep(0.01)  # others may have the interpreter meanwhile
+        if not tasks.exists() or not any(
+            _is_running(task) for task in tasks.iterdir() if task.name != str(os.getpid())
+        ):
+            return
+
+
+def _is_running(task: Path) -> bool:
+    """Whether the thread computes or waits for a core, by its state in /proc."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return (task / "stat").read_text().rsplit(")", 1)[1].split()[0] == "R"
+    return False
 
 
 def _wait_for_all(store: Store, *, key: str, index: int, size: int, timeout: timedelta) -> None:
