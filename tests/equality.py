@@ -5,17 +5,21 @@ optimizer steps.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from autoparallel.capture.program import Program, capture
+from autoparallel.capture.program import Program
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.module import ParallelModule, parallelize
-from tests.families import lifted, make_batch, make_model
+from tests.families import lifted, make_batch, make_model, program_of
+from tests.ranks import run_ranks
 from tests.strategies import plan_for
 
 SEQ = 8
@@ -96,24 +100,49 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
+def lifted_program(family: str, **changes: Any) -> Program:
+    with lifted():
+        return program_of(family, dtype=torch.float64, **changes)
+
+
 def check_strategies(
     family: str,
     strategies: list[Strategy],
     num_blocks: int = 4,
     changes: dict[str, Any] | None = None,
+    *,
+    num_devices: int,
+    timeout: float = 280.0,
     steps: int = 3,
     clip: float = 0.5,
+) -> list[list[tuple[str, float]]]:
+    """Of every rank: each strategy's name and its worst difference to one device; `changes` are to the config."""
+    changes = {"num_hidden_layers": num_blocks, **(changes or {})}
+    first = functools.partial(lifted_program, family, **changes)
+    return run_ranks(num_devices, _differences, family, changes, strategies, steps, clip, timeout=timeout, first=first)
+
+
+def _differences(
+    family: str, changes: dict[str, Any], strategies: list[Strategy], steps: int, clip: float
 ) -> list[tuple[str, float]]:
-    """Run on every rank: each strategy's name and its worst difference to one device; `changes` are to the config."""
     results = []
     with lifted():
-        model = make_model(family, num_hidden_layers=num_blocks, **(changes or {}))
-        program = capture(model)
+        plain, program = make_model(family, **changes), lifted_program(family, **changes)
         references: dict[int, Reference] = {}
         for strategy in strategies:
             rows = strategy.batch_size
             if rows not in references:
-                references[rows] = train(copy.deepcopy(model), rows, steps=steps, clip=clip)
-            found = train(parallel(copy.deepcopy(model), program, strategy), rows, steps=steps, clip=clip)
+                references[rows] = _on_rank_0(
+                    lambda rows=rows: train(copy.deepcopy(plain), rows, steps=steps, clip=clip)
+                )
+            found = train(parallel(copy.deepcopy(plain), program, strategy), rows, steps=steps, clip=clip)
             results.append((strategy.summary(), worst_difference(references[rows], found)))
     return results
+
+
+def _on_rank_0(compute: Callable[[], Reference]) -> Reference:
+    """One device's work, done once and told to all ranks."""
+    told = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    return told[0]

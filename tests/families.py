@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
+
+from autoparallel.capture.program import Program, capture
 
 VOCABULARY = 96
 _COMMON: dict[str, Any] = {
@@ -90,3 +93,13 @@ def lifted() -> Iterator[None]:
     """Inside, models that upcast to float32 upcast to float64."""
     with _Lift():
         yield
+
+
+@functools.cache
+def program_of(
+    family: str, *, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None, **changes: Any
+) -> Program:
+    """Captured once a process, graph and all: what `run_ranks` is to do first."""
+    program = capture(make_model(family, dtype=dtype, **changes), dtype=compute)
+    assert program.graph.parameters
+    return program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from autoparallel.errors import ContractError
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.one_process import _mend_peft
 from tests.equality import parallel
-from tests.families import make_batch, make_model
+from tests.families import make_batch, make_model, program_of
 from tests.ranks import run_ranks
 
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
@@ -113,7 +114,7 @@ def refusals(strategy: Strategy) -> list[str]:
     """What each habit got, in a fresh model that has made a step."""
     found = []
     model = make_model("llama", dtype=torch.float32, attention_dropout=0.1)
-    program = capture(model)
+    program = program_of("llama", attention_dropout=0.1)
     for habit in REFUSED:
         compiled = parallel(copy.deepcopy(model), program, strategy)
         _forward(compiled).loss.backward()
@@ -127,7 +128,7 @@ def refusals(strategy: Strategy) -> list[str]:
 
 @pytest.mark.parametrize("strategy", [pytest.param(PIPELINED, marks=pytest.mark.slow), *PLANS[1:]])
 def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
-    for found in run_ranks(2, refusals, strategy):
+    for found in run_ranks(2, refusals, strategy, first=partial(program_of, "llama", attention_dropout=0.1)):
         assert found == [f"{habit.__name__}: refused" for habit in REFUSED]
 
 
@@ -157,14 +158,14 @@ def resumed(strategy: Strategy) -> tuple[list[float], list[float]]:
     def make() -> nn.Module:
         return make_model("qwen2", dtype=torch.float32)
 
-    program = capture(make())
+    program = program_of("qwen2")
     plain = loop(make(), make)
     return plain, loop(parallel(make(), program, strategy), lambda: parallel(make(), program, strategy))
 
 
 @pytest.mark.parametrize("strategy", PLANS)
 def test_a_run_resumes_with_its_optimizer(strategy: Strategy) -> None:
-    for plain, found in run_ranks(2, resumed, strategy):
+    for plain, found in run_ranks(2, resumed, strategy, first=partial(program_of, "qwen2")):
         assert found == pytest.approx(plain, rel=1e-5)
 
 
@@ -198,12 +199,12 @@ def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
         return found
 
     model = make_model("llama", dtype=torch.float32)
-    return numbers(copy.deepcopy(model)), numbers(parallel(model, capture(model), strategy))
+    return numbers(copy.deepcopy(model)), numbers(parallel(model, program_of("llama"), strategy))
 
 
 @pytest.mark.parametrize("strategy", PLANS)
 def test_numbers_between_steps_are_those_of_the_whole_model(strategy: Strategy) -> None:
-    for plain, found in run_ranks(2, habits, strategy):
+    for plain, found in run_ranks(2, habits, strategy, first=partial(program_of, "llama")):
         assert found == pytest.approx(plain, rel=1e-5)
 
 
@@ -229,7 +230,7 @@ def shapes(strategy: Strategy) -> tuple[list[float], list[float], list[list[tupl
     seen: list[list[tuple[int, ...]]] = []
     model = make_model("llama", dtype=torch.float32)
     plain = loop(copy.deepcopy(model))
-    compiled: Any = parallel(model, capture(model), strategy)
+    compiled: Any = parallel(model, program_of("llama"), strategy)
     compiled(**make_batch(4, 8), use_cache=False).loss.backward()
     compiled.zero_grad()
     seen.clear()
@@ -249,7 +250,7 @@ SHAPES = [(8, 8), (8, 12), (5, 8), (1, 6), (-6, 10), (4, 8), (-1, 4), (7, 9)]
 
 def test_every_shape_of_batch_is_pipelined() -> None:
     """A row that fills up the last micro-batch is ignored; none goes as one batch."""
-    for plain, found, seen in run_ranks(2, shapes, PIPELINED):
+    for plain, found, seen in run_ranks(2, shapes, PIPELINED, first=partial(program_of, "llama")):
         assert found == pytest.approx(plain, rel=1e-5)
         assert seen == [[(2, seq)] * -(-abs(rows) // 2) for rows, seq in SHAPES]
 

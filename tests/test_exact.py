@@ -15,7 +15,6 @@ from autoparallel.plans.strategy import Constraints, Strategy
 from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
 from tests.equality import SEQ, check_strategies
 from tests.families import FAMILIES, UNSEEN
-from tests.ranks import run_ranks
 
 ROWS = 8
 TOLERANCE = 1e-9
@@ -71,7 +70,7 @@ def covering(strategies: list[Strategy], seed: int) -> list[Strategy]:
 
 
 def prove(family: str, num_devices: int, strategies: list[Strategy], timeout: float, num_blocks: int = 4) -> None:
-    for results in run_ranks(num_devices, check_strategies, family, strategies, num_blocks, timeout=timeout):
+    for results in check_strategies(family, strategies, num_blocks, num_devices=num_devices, timeout=timeout):
         assert len(results) == len(strategies)
         wrong = [(name, difference) for name, difference in results if not difference < TOLERANCE]
         assert not wrong

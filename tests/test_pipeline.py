@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.plans.strategy import Strategy
 from autoparallel.runtime.torch_schedule import Sharding, Stage
 from tests.equality import parallel
-from tests.families import make_batch, make_model
+from tests.families import make_batch, make_model, program_of
 from tests.ranks import run_ranks
 from tests.strategies import even_stages
 
@@ -48,7 +49,7 @@ def watched_step(strategy: Strategy) -> tuple[list[int], int, bool]:
     Stage.forward_one_chunk = count  # type: ignore[method-assign,assignment]
     Sharding.make_weight_gradients = look  # type: ignore[method-assign]
     model = make_model("llama", dtype=torch.float32)
-    model = parallel(model, capture(model), strategy)
+    model = parallel(model, program_of("llama"), strategy)
     model(**make_batch(strategy.batch_size, 8), use_cache=False).loss.backward()
     (schedule,) = model._parallel.engine.pipeline._schedules.values()
     left = sum(buffers(stage) + len(stage._sending) + len(stage.fwd_cache) for stage in schedule._own_stages)
@@ -58,14 +59,15 @@ def watched_step(strategy: Strategy) -> tuple[list[int], int, bool]:
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zero_bubble"])
 def test_a_rank_holds_what_the_lists_say_and_keeps_nothing(schedule: Any) -> None:
     strategy = Strategy(schedule=schedule, **SIZE)
-    for moments, (alive, left, _) in zip(peaks(strategy), run_ranks(2, watched_step, strategy), strict=True):
+    ranks = run_ranks(2, watched_step, strategy, first=partial(program_of, "llama"))
+    for moments, (alive, left, _) in zip(peaks(strategy), ranks, strict=True):
         assert max(alive) == max(sum(moment.forwarded + moment.half_done) for moment in moments)
         assert left == 0
 
 
 def test_weight_gradients_need_no_parameters() -> None:
     strategy = Strategy(schedule="zero_bubble", data_parallel=2, distribute_param=3, **SIZE)
-    for _, left, given_back in run_ranks(4, watched_step, strategy):
+    for _, left, given_back in run_ranks(4, watched_step, strategy, first=partial(program_of, "llama")):
         assert given_back
         assert left == 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from autoparallel.ir.precision import choose_precision
 from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.runtime.engine import Engine
 from autoparallel.runtime.module import ParallelModule, parallelize
-from tests.families import make_batch, make_model
+from tests.families import make_batch, make_model, program_of
 from tests.ranks import run_ranks
 from tests.strategies import plan_for
 from tests.workloads import gpus
@@ -96,11 +97,11 @@ def undivided(model: nn.Module) -> Forward:
     return lambda batch, targets: stage(**batch, num_items=targets)[0]
 
 
-def under_a_plan(model: nn.Module, strategy: Strategy, *, masters: torch.dtype) -> Run:
+def under_a_plan(family: str, model: nn.Module, strategy: Strategy, *, masters: torch.dtype) -> Run:
     """The user's loop."""
     cast(model, masters)
     found = Run()
-    program = capture(model, dtype=torch.bfloat16)
+    program = program_of(family, dtype=masters, compute=torch.bfloat16)
     name = str(masters).removeprefix("torch.")
 
     def start(model: nn.Module, batch: Any) -> Engine:
@@ -165,7 +166,7 @@ def check(family: str, strategies: list[Strategy], masters: torch.dtype) -> list
     results = []
     for strategy in strategies:
         assert strategy.num_micro_batches * strategy.data_parallel == 4
-        run = under_a_plan(copy.deepcopy(model), strategy, masters=masters)
+        run = under_a_plan(family, copy.deepcopy(model), strategy, masters=masters)
         to = {"emitted": emitted, "plain": plain, "truth": truth}
         found = Distances(
             **{name: distances(run, reference) for name, reference in to.items()},
@@ -199,7 +200,8 @@ def test_as_one_device_under_the_same_policy(family: str, masters: torch.dtype, 
     """Without a division of operators only sums are ordered differently; with one, rounding differs as it does between
     one device and the truth.
     """
-    for results in run_ranks(2, check, family, plans, masters, timeout=280):
+    first = partial(program_of, family, dtype=masters, compute=torch.bfloat16)
+    for results in run_ranks(2, check, family, plans, masters, timeout=280, first=first):
         for (name, found), strategy in zip(results, plans, strict=True):
             print(name, found)
             if strategy.tensor_parallel == 1:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from autoparallel.runtime import saving
 from autoparallel.runtime.loading import load_lazily
 from autoparallel.runtime.saving import write_safetensors
 from tests.equality import parallel
-from tests.families import make_batch, make_model
+from tests.families import make_batch, make_model, program_of
 from tests.ranks import run_ranks
 from tests.test_lazy_weights import MIXTRAL, PIPELINED, SHARDED, TENSOR_PARALLEL, lazy_names
 
@@ -77,7 +78,7 @@ def saved(family: str, dtype: torch.dtype, strategies: list[Strategy], folder: P
     import torch.distributed as dist
 
     plain = make_model(family, dtype=dtype)
-    program = capture(plain)
+    program = program_of(family, dtype=dtype)
     names = []
     for strategy in strategies:
         model: Any = parallel(make_model(family, dtype=dtype), program, strategy)
@@ -107,7 +108,8 @@ SLOW = [
 def test_files_are_those_of_plain_transformers(
     num_ranks: int, family: str, dtype: torch.dtype, strategies: list[Strategy], tmp_path: Path
 ) -> None:
-    names = run_ranks(num_ranks, saved, family, dtype, strategies, tmp_path)[0]
+    first = partial(program_of, family, dtype=dtype)
+    names = run_ranks(num_ranks, saved, family, dtype, strategies, tmp_path, first=first)[0]
     assert len(names) == len(strategies)
     for name in names:
         for kind in ("shards", "one"):

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from autoparallel.capture.program import capture
 from autoparallel.plans.strategy import Strategy
 from benchmarks.counting import Counts, counts_of
 from benchmarks.handwritten import PROGRAMS, Step, user_loop
 from tests.equality import parallel
-from tests.families import make_batch, make_model
+from tests.families import make_batch, make_model, program_of
 from tests.ranks import run_ranks
 from tests.strategies import plan_for
 
@@ -38,7 +37,7 @@ def warm(step: Step, rows: int) -> list[float]:
 def compared(family: str, names: list[str]) -> list[tuple[str, list[float], list[float], Counts, Counts]]:
     """On every rank: by case, losses and counts of ours and of the hand-written program."""
     model = make_model(family, dtype=torch.float32)
-    program, found = capture(model), []
+    program, found = program_of(family), []
     for name in names:
         fields = CASES[name] | ({"splits": splits(model)} if name == "tensor" else {})
         strategy = plan_for(program, Strategy(**fields), seq_len=SEQ).strategy
@@ -58,7 +57,7 @@ def splits(model: Any) -> tuple[tuple[str, ...], ...]:
 
 
 def check(family: str, num_ranks: int, names: list[str]) -> None:
-    for rank in run_ranks(num_ranks, compared, family, names):
+    for rank in run_ranks(num_ranks, compared, family, names, first=partial(program_of, family)):
         for name, our_losses, losses, ours, hand in rank:
             assert our_losses == pytest.approx(losses, rel=1e-5), name
             for field, most in hand.as_dict().items():

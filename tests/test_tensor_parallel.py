@@ -6,7 +6,6 @@ A loss can be exact while gradients are wrong, so every split is compared on eve
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -135,9 +134,9 @@ def test_splits_that_do_not_fit_are_refused(
 # --- exactness ---
 
 
-def prove(family: str, strategies: list[Strategy], **changes: Any) -> None:
+def prove(family: str, strategies: list[Strategy]) -> None:
     (num_devices,) = {s.num_devices for s in strategies}
-    for results in run_ranks(num_devices, check_strategies, family, strategies, timeout=280, **changes):
+    for results in check_strategies(family, strategies, num_devices=num_devices):
         wrong = [(name, difference) for name, difference in results if not difference < TOLERANCE]
         assert not wrong
 
@@ -168,7 +167,7 @@ def test_more_ranks_than_key_value_heads(sequence_parallel: bool) -> None:
     """Four ranks, two key-value heads: the heads of a group are divided, keys and values are whole."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
     strategy = Strategy(tensor_parallel=4, sequence_parallel=sequence_parallel, batch_per_device=2)
-    for results in run_ranks(4, check_strategies, "llama", [strategy], 2, changes, timeout=120):
+    for results in check_strategies("llama", [strategy], 2, changes, num_devices=4, timeout=120):
         assert all(difference < TOLERANCE for _, difference in results)
 
 
@@ -178,7 +177,7 @@ def test_a_vocabulary_that_does_not_divide(family: str) -> None:
     strategies = [
         Strategy(tensor_parallel=2, data_parallel=2, batch_per_device=2, distribute_param=level) for level in (0, 3)
     ]
-    for results in run_ranks(4, check_strategies, family, strategies, 2, {"vocab_size": 97}, timeout=120):
+    for results in check_strategies(family, strategies, 2, {"vocab_size": 97}, num_devices=4, timeout=120):
         assert all(difference < TOLERANCE for _, difference in results)
 
 

@@ -120,7 +120,7 @@ def more(name: str, fields: dict[str, Any]) -> Any:
     [
         more("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 1}),
         ("qwen-7b", QWEN | SEQUENCE | {"tensor_parallel": 8}),
-        ("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full", "distribute_param": 3}),
+        more("llama-70b", LLAMA | SEQUENCE | {"recomputation": "full", "distribute_param": 3}),
         more("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full"}),
         more("qwen-7b", QWEN | {"data_parallel": 8, "recomputation": "full", "distribute_param": 3}),
         more("qwen-7b", QWEN | {"data_parallel": 2, "tensor_parallel": 4, "recomputation": "selective"}),
