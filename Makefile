@@ -39,6 +39,10 @@ bench-speed: install ## the emitted program beside hand-written PyTorch, on this
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.runtime_speed
 
+bench-self: install ## profile this machine, then predicted beside measured steps of six models
+	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python -m benchmarks.self_consistency
+
 bench-accuracy: install ## prices beside published training runs: step time, memory, plan choice
 	$(BIN)/python benchmarks/accuracy.py
 
@@ -57,4 +61,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all exhaustive bench-speed bench-accuracy fit check format wheel
+.PHONY: help install demo test test-all exhaustive bench-speed bench-self bench-accuracy fit check format wheel

@@ -113,6 +113,29 @@ def flavors(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def profile(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda (of AMD too); default: the GPU if there is one.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds to measure, about.")] = 90.0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write DEVICE.json into this folder.")] = None,
+) -> None:
+    """Measure this machine's device into a cost table, for AUTOPARALLEL_COST_MODELS."""
+    if output is not None and not output.is_dir():
+        raise ConfigError(f"{output} is no folder.", remedy=f"make it: mkdir {output}")
+    from autoparallel.measure.profile import profile as measured
+
+    table = measured(device, budget_s=budget)
+    text = table.model_dump_json(indent=1, exclude_none=True) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    path = output / f"{table.name}.json"
+    path.write_text(text)
+    typer.echo(f"Wrote {path}; use it with AUTOPARALLEL_COST_MODELS={output}", err=True)
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Print versions and settings, to paste into a bug report."""
     facts = {name: _version(name) for name in PACKAGES}

@@ -108,7 +108,7 @@ def test_a_few_plans_on_four_ranks(family: str) -> None:
 
 def share(num_devices: int, family: str) -> list[Strategy]:
     """A family's part of a sample in which every pair of choices occurs; another sample for every second family."""
-    turn, parts = PROVED.index(family), {1: 1, 2: 1, 4: 2, 8: 6}[num_devices]
+    turn, parts = PROVED.index(family), {1: 1, 2: 2, 4: 2, 8: 6}[num_devices]
     return covering(offered(num_devices), seed=turn // parts)[turn % parts :: parts]
 
 

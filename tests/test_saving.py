@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_memory_of_a_rank_is_its_shard_and_a_tensor() -> None:
     """1.6 GB over four ranks, with an allowance that loading without the line before it exceeds."""

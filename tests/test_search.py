@@ -22,10 +22,10 @@ from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
+from autoparallel.progress import is_shown
 from autoparallel.search import select
 from autoparallel.search.pool import WorkerPool, default_num_workers
 from autoparallel.search.price import compile_candidate, cut_and_price, price
-from autoparallel.search.progress import is_shown
 from autoparallel.search.select import search, select_best_graph_from_candidates
 from autoparallel.space.candidates import enumerate_strategies
 from tests.test_cuts import all_cuts, excess_bytes, relaxed

@@ -54,8 +54,10 @@ def check(strategy: Strategy) -> tuple[list[float], list[float], int, dict[str, 
     return plain, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
+SLOW = {"pipelined": pytest.mark.slow, "sharded": pytest.mark.slow, "tensor-parallel": pytest.mark.exhaustive}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW[name]) for name in PLANS])
 def test_compiled_blocks_compute_the_same(name: str) -> None:
     for plain, compiled, num_graphs, breaks in run_ranks(2, check, PLANS[name], timeout=280):
         assert compiled == pytest.approx(plain, rel=1e-5)

@@ -211,7 +211,11 @@ INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 5, "
             LLAMA | {"sequence_parallel": True, "distribute_param": 3, "recomputation": "selective"},
             marks=pytest.mark.exhaustive,
         ),
-        ("llama-70b", LLAMA | INTERLEAVED | {"sequence_parallel": True, "distribute_param": 2}),
+        pytest.param(
+            "llama-70b",
+            LLAMA | INTERLEAVED | {"sequence_parallel": True, "distribute_param": 2},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_full_size_models(family: str, fields: dict[str, Any], programs: dict[str, Program]) -> None:

@@ -3,7 +3,7 @@ it.
 
     matmul      flops of whole tiles and whole waves / (peak × efficiency)      or its bytes, whichever takes longer
     attention   flops / (peak × efficiency) + exponentials / their rate         or its bytes
-    memory      bytes / (memory bandwidth × efficiency) + exponentials / their rate
+    memory      bytes / (memory bandwidth × efficiency, which may depend on the bytes) + exponentials / their rate
     each        + launch overhead
 
 A matmul is cut into tiles, of which each unit of the device computes one at a time: the last wave takes as long as a
@@ -68,7 +68,8 @@ class Device:
             return 0.0 if figure is None else figure.value
 
         self.table = table
-        self.memory_bytes_per_s = table.memory_bandwidth_bytes_per_s.value * table.memory_efficiency.value
+        self.peak_bytes_per_s = table.memory_bandwidth_bytes_per_s.value
+        self.stream_bytes_per_s = self.peak_bytes_per_s * table.memory_efficiency.value
         attention = table.attention_efficiency.value
         self.attention_efficiency = {
             "flash": attention,
@@ -81,9 +82,16 @@ class Device:
         self.units, self.fill = value(table.compute_units), value(table.matmul_fill_depth)
         self._matmuls: dict[tuple[str, int, int, int, int], float] = {}
 
+    def stream_s(self, moved_bytes: float) -> float:
+        """Time to move bytes of tensors that stay where they are."""
+        return moved_bytes / self.stream_bytes_per_s
+
     def memory_s(self, moved_bytes: float) -> float:
-        """Time to move bytes to and from device memory."""
-        return moved_bytes / self.memory_bytes_per_s
+        """Time of one kernel to move bytes, its results into new tensors."""
+        curve = self.table.memory_curve
+        if curve is None or moved_bytes <= 0:
+            return self.stream_s(moved_bytes)
+        return moved_bytes / (self.peak_bytes_per_s * curve.at(moved_bytes))
 
     def kernel_s(self, kernel: Kernel) -> float:
         """Time of one kernel."""
@@ -105,7 +113,7 @@ class Device:
         """Time of one optimizer step, memory-bound: `bytes_per_parameter` are all bytes it reads and writes for an
         element. AdamW on fp32 masters reads master, gradient and two moments and writes all but the gradient: 28 bytes.
         """
-        return self.memory_s(parameters * bytes_per_parameter) + self.launch_s if parameters else 0.0
+        return self.stream_s(parameters * bytes_per_parameter) + self.launch_s if parameters else 0.0
 
     def _matmul_s(self, dtype: str, count: int, rows: int, columns: int, depth: int) -> float:
         """Arithmetic alone."""

@@ -174,15 +174,24 @@ def _local() -> Flavor:
     return _gpus(f"{len(models)}x{device}", device, hosts=1, per_host=len(models), num_devices=len(models))
 
 
-def _device_of_model(model: str) -> str:
+def device_of_model(model: str) -> str:
+    """The name of the cost table of a GPU that its driver calls `model`, whether there is one or not."""
     for ending, device in DRIVER_MODELS:
         if model == ending or model.endswith(f" {ending}"):
             return device
-    raise ConfigError(
-        f"there is no cost table for this machine's GPU, {model!r}",
-        why="tables exist for " + ", ".join(available_devices()),
-        remedy="add one (cost_models/README.md), or name the flavor of a GPU like it",
-    )
+    return re.sub(r"[^A-Za-z0-9]+", "-", model).strip("-")
+
+
+def _device_of_model(model: str) -> str:
+    device = device_of_model(model)
+    if device not in available_devices():
+        raise ConfigError(
+            f"there is no cost table for this machine's GPU, {model!r}",
+            why="tables exist for " + ", ".join(available_devices()),
+            remedy="measure one with `autoparallel profile` and name its folder in AUTOPARALLEL_COST_MODELS, or name "
+            "the flavor of a GPU like it",
+        )
+    return device
 
 
 def nvidia_models(gpus: Path) -> list[str]:

@@ -128,7 +128,7 @@ class Pricing:
         comm = [(call, *self._collective_s(call, lowered.sharding.degree)) for call in work.collectives]
         # A micro-batch adds its gradients to the ones before it: two reads and a write.
         weight_s = device.kernels_s(work.weight)
-        weight_s += device.memory_s(3 * work.gradient_elements * self.precision.gradient_bytes)
+        weight_s += device.stream_s(3 * work.gradient_elements * self.precision.gradient_bytes)
         shown = SHOWN_BESIDE_MATMULS if self.practice.tensor_overlap else 1.0
         replayed_comm_s = shown * sum(forward_s for call, forward_s, _ in comm if call.is_replayed)
         return SegmentCost(

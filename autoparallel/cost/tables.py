@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from autoparallel.errors import ConfigError, CostTableError
 from autoparallel.ir.schema import Schema
+from autoparallel.settings import read_settings
 
 FigureKind = Literal["datasheet", "measured", "fitted", "assumed"]
 
@@ -71,36 +73,47 @@ Elements = Annotated[Figure, _in("elements")]
 PerSecond = Annotated[Figure, _in("1/s")]
 
 
-class EfficiencyCurve(Schema):
-    """Efficiency by FLOPs per call: (FLOPs, share of peak) points, rising; a larger call never takes less time."""
+class SizeCurve(Schema):
+    """Share of a peak rate by the size of a call: (size, share) points; a larger call never takes less time."""
 
     points: tuple[tuple[float, float], ...] = Field(min_length=1)
     kind: FigureKind
     source: str = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _rising(self) -> EfficiencyCurve:
-        for flops, efficiency in self.points:
-            _plausible(efficiency, "fraction")
-            if flops <= 0:
-                raise ValueError(f"FLOPs per call must be positive, not {flops:g}")
-        for (flops, efficiency), (next_flops, next_efficiency) in pairwise(self.points):
-            if next_flops <= flops or next_efficiency < efficiency:
-                raise ValueError(f"points must rise, at {next_flops:g} FLOPs")
-            if next_flops / next_efficiency < flops / efficiency:
-                raise ValueError(f"a call of {next_flops:g} FLOPs would take less time than one of {flops:g}")
+    def _sizes_rise(self) -> SizeCurve:
+        for size, share in self.points:
+            _plausible(share, "fraction")
+            if size <= 0:
+                raise ValueError(f"the size of a call must be positive, not {size:g}")
+        for (size, share), (next_size, next_share) in pairwise(self.points):
+            if next_size <= size:
+                raise ValueError(f"points must rise, at {next_size:g}")
+            if next_size / next_share < size / share:
+                raise ValueError(f"a call of {next_size:g} would take less time than one of {size:g}")
         return self
 
-    def at(self, flops: float) -> float:
-        """Efficiency of a call: power law between points (straight in log-log), constant beyond the ends."""
-        index = bisect_right(self.points, flops, key=lambda point: point[0])
+    def at(self, size: float) -> float:
+        """Share that a call reaches: power law between points (straight in log-log), constant beyond the ends."""
+        index = bisect_right(self.points, size, key=lambda point: point[0])
         if index == 0:
             return self.points[0][1]
         if index == len(self.points):
             return self.points[-1][1]
-        (low, low_efficiency), (high, high_efficiency) = self.points[index - 1], self.points[index]
-        share = math.log(flops / low) / math.log(high / low)
-        return float(low_efficiency * (high_efficiency / low_efficiency) ** share)
+        (low, low_share), (high, high_share) = self.points[index - 1], self.points[index]
+        part = math.log(size / low) / math.log(high / low)
+        return float(low_share * (high_share / low_share) ** part)
+
+
+class EfficiencyCurve(SizeCurve):
+    """Efficiency by FLOPs per call, which never falls."""
+
+    @model_validator(mode="after")
+    def _shares_rise(self) -> EfficiencyCurve:
+        for (_, share), (next_flops, next_share) in pairwise(self.points):
+            if next_share < share:
+                raise ValueError(f"points must rise, at {next_flops:g} FLOPs")
+        return self
 
 
 class IntraHost(Schema):
@@ -134,6 +147,8 @@ class CostTable(Schema):
     memory_bandwidth_bytes_per_s: BytesPerSecond
     memory_efficiency: Fraction
     """Share of the memory bandwidth that a memory-bound kernel reaches."""
+    memory_curve: SizeCurve | None = None
+    """The same by the bytes that a kernel moves into new tensors, where that decides: caches and new pages of a CPU."""
     peak_flops_per_s: dict[str, FlopsPerSecond]
     """Dense, by dtype: `float64`, `float32` (no TF32, as PyTorch by default), `bfloat16`, `float16`, `float8`,
     `float4`.
@@ -180,7 +195,7 @@ def _figures(value: object, path: str) -> Iterator[tuple[str, Figure]]:
     """Every figure below `value`, in field order."""
     if isinstance(value, Figure):
         yield path, value
-    elif isinstance(value, EfficiencyCurve):
+    elif isinstance(value, SizeCurve):
         yield path, Figure(value=value.points[-1][1], unit="fraction", kind=value.kind, source=value.source)
     elif isinstance(value, Schema):
         for name in type(value).model_fields:
@@ -217,11 +232,29 @@ def parse_table(text: str | bytes, *, file_name: str) -> CostTable:
     return table
 
 
-@lru_cache(maxsize=1)
 def available_devices() -> tuple[str, ...]:
     """Names of all devices that have a cost table, sorted."""
-    files = resources.files("autoparallel.cost_models").iterdir()
-    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+    return tuple(sorted(_texts(read_settings().cost_models)))
+
+
+@lru_cache(maxsize=8)
+def _texts(folder: str | None) -> dict[str, bytes]:
+    """Tables by device: ours, and before them those of `folder`."""
+    folders = [resources.files("autoparallel.cost_models")]
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"there is no folder {folder!r} of cost tables",
+                why="AUTOPARALLEL_COST_MODELS names it",
+                remedy="make it with `autoparallel profile -o FOLDER/DEVICE.json`, or unset the variable",
+            )
+        folders.append(Path(folder))
+    return {
+        file.name.removesuffix(".json"): file.read_bytes()
+        for place in folders
+        for file in place.iterdir()
+        if file.name.endswith(".json")
+    }
 
 
 def nearest(name: str, names: tuple[str, ...]) -> list[str]:
@@ -234,9 +267,8 @@ def nearest(name: str, names: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(containing + [by_folded[match] for match in close]))[:3]
 
 
-@lru_cache(maxsize=64)
 def load_table(device: str) -> CostTable:
-    """The cost table of a device.
+    """The cost table of a device: of the folder AUTOPARALLEL_COST_MODELS where it has one, else ours.
 
     Raises ConfigError for a device without a table, CostTableError for a table that cannot be used.
     """
@@ -247,5 +279,9 @@ def load_table(device: str) -> CostTable:
             why="known devices: " + ", ".join(available_devices()),
             remedy=(f"did you mean {' or '.join(close)}? " if close else "") + "A new GPU is one file in cost_models/",
         )
-    file_name = f"{device}.json"
-    return parse_table((resources.files("autoparallel.cost_models") / file_name).read_bytes(), file_name=file_name)
+    return _parsed(device, read_settings().cost_models)
+
+
+@lru_cache(maxsize=64)
+def _parsed(device: str, folder: str | None) -> CostTable:
+    return parse_table(_texts(folder)[device], file_name=f"{device}.json")

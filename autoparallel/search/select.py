@@ -16,8 +16,8 @@ from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.progress import progress
 from autoparallel.search.pool import WorkerPool, default_num_workers
-from autoparallel.search.progress import progress
 from autoparallel.search.remedy import no_feasible_plan
 from autoparallel.search.worker import Kind
 from autoparallel.space.candidates import enumerate_strategies
@@ -100,12 +100,14 @@ def select_best_graph_from_candidates(
 def _run(pool: WorkerPool, kind: Kind, strategies: list[Strategy]) -> list[Candidate]:
     """In the order of the strategies, whatever the order in which workers are done."""
     done: dict[int, Candidate] = {}
-    with progress(
-        {"compile": "Compile", "price": "Select", "polish": "Polish"}[kind], total=len(strategies)
-    ) as advance:
+    best_s = math.inf
+    title = {"compile": "Compile", "price": "Select", "polish": "Polish"}[kind]
+    with progress(title, total=len(strategies)) as advance:
         for index, candidate in pool.map(kind, strategies):
             done[index] = candidate
-            advance(candidate)
+            if candidate.estimate is not None:
+                best_s = min(best_s, candidate.estimate.step_time_s)
+            advance(f"best: {best_s:.4g} s a step" if best_s < math.inf else "")
     return [done[index] for index in range(len(strategies))]
 
 

@@ -121,7 +121,7 @@ def test_trainer_sees_one_process(models: Path, plain: Any, tmp_path: Path) -> N
     compare(models, plain, tmp_path, "pipelined", "trainer")
 
 
-ONCE_IN_CI = {"pipelined", "tensor-parallel", "sharded", "pipelined-tensor-parallel"}
+ONCE_IN_CI = {"pipelined", "tensor-parallel", "sharded"}
 """A minute each on two cores; `make exhaustive` runs the others."""
 
 

@@ -65,8 +65,13 @@ def check(reference: tuple[Path, dict[str, Any], Path], found: dict[str, Any], o
     assert (out / "config.json").read_text() == (plain / "config.json").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "llama", "phi3", "gpt_neox"])
+def slow(family: str, *, in_ci: bool = True) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow if in_ci else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    "family", [slow("gemma2", in_ci=False), slow("llama", in_ci=False), slow("phi3"), slow("gpt_neox")]
+)
 def test_a_family_nobody_wrote_code_for(family: str, references: Any, tmp_path: Path) -> None:
     reference = references(family)
     check(reference, run(reference[0], tmp_path / "out", "--line", "compile", flavor="cpu:2"), tmp_path / "out")

@@ -1,7 +1,4 @@
-"""A progress bar for people: on stderr where that is a terminal, and not in CI; rich honours NO_COLOR.
-
-In: how many candidates there will be. Out: a function to call with each as it is done.
-"""
+"""A progress bar for people: on stderr where that is a terminal, and not in CI; rich honours NO_COLOR."""
 
 from __future__ import annotations
 
@@ -10,9 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from autoparallel.plans.candidate import Candidate
-
-Advance = Callable[[Candidate], None]
+Advance = Callable[[str], None]
+"""One more is done; the note stands beside the bar, an empty one leaves the last."""
 
 
 def is_shown() -> bool:
@@ -22,9 +18,9 @@ def is_shown() -> bool:
 
 @contextmanager
 def progress(description: str, *, total: int) -> Iterator[Advance]:
-    """Show `description`, how many are done, and the fastest so far."""
+    """Show `description`, how many of `total` are done, and a note."""
     if not is_shown():
-        yield lambda candidate: None
+        yield lambda note: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -34,17 +30,14 @@ def progress(description: str, *, total: int) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[best]}"),
+        TextColumn("{task.fields[note]}"),
     )
-    best_s = float("inf")
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=total, best="")
+        task = bar.add_task(description, total=total, note="")
 
-        def advance(candidate: Candidate) -> None:
-            nonlocal best_s
-            if candidate.estimate is not None and candidate.estimate.step_time_s < best_s:
-                best_s = candidate.estimate.step_time_s
-                bar.update(task, best=f"best: {best_s:.4g} s a step")
+        def advance(note: str) -> None:
+            if note:
+                bar.update(task, note=note)
             bar.advance(task)
 
         yield advance
