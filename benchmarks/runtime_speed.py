@@ -47,6 +47,7 @@ LIMIT = 1.05
 LOSS_TOLERANCE = 2e-6
 """Relative, of fp32 losses of the first steps."""
 WARM_UP = 3
+CONTROL_EVERY = 3
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,12 @@ def make_batch(seed: int, rows: int, tokens: int, vocabulary: int) -> Batch:
 
 
 def alternate(steps: dict[str, Callable[[Batch], Tensor]], batch: Batch, pairs: int) -> dict[str, list[Seconds]]:
-    """Pairs in the order ABBA, each followed by a pair of hand-written steps whose roles alternate too."""
+    """Pairs in the order ABBA, every third one followed by a pair of hand-written steps whose roles alternate too."""
     found: dict[str, list[Seconds]] = {"hand": [], "ours": [], "control": [], "control again": []}
     for turn in range(pairs):
         order = [("ours", "ours"), ("hand", "hand")][:: 1 - 2 * (turn % 2)]
-        control = [("control", "hand"), ("control again", "hand")][:: 1 - 2 * (turn % 2)]
-        for name, program in order + control:
+        control = [("control", "hand"), ("control again", "hand")][:: 1 - 2 * (turn // 3 % 2)]
+        for name, program in order + (control if turn % CONTROL_EVERY == 0 else []):
             found[name].append(seconds_of(lambda program=program: steps[program](batch)))
     return found
 

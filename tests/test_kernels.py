@@ -6,15 +6,20 @@ from collections.abc import Iterable
 
 import networkx as nx
 import pytest
+import torch
+import transformers
 
+from autoparallel.capture.attention import Attention
 from autoparallel.capture.depth import grow
-from autoparallel.capture.program import capture
-from autoparallel.cost.activations import saved_under
+from autoparallel.capture.program import Program, capture
+from autoparallel.cost.activations import attention_core_bytes, saved_under
 from autoparallel.cost.kernels import Kernel, Size, groups, kernels
 from autoparallel.cost.practice import OURS, Practice
 from autoparallel.ir.graph import Graph, Op
 from autoparallel.ir.ops import ATTENTION, contracted_inputs, flops
+from autoparallel.tensor_parallel.splits import SplitGraph
 from tests.families import make_model
+from tests.strategies import all_splits
 
 SIZE = Size(batch=2, seq=16)
 FUSED = Practice(fused=True)
@@ -139,3 +144,61 @@ def test_a_grown_graph_is_that_of_the_deeper_model(family: str, graphs: dict[str
         )
         assert ours == theirs
         assert grown.runs_backward(segment) == deep.runs_backward(segment)
+
+
+HIDDEN, HEADS, SEQ = 1024, 16, 2048
+MEGATRON = Practice(fused=True, attention="unfused", keeps_gathered=False)
+
+
+@pytest.fixture(scope="module")
+def gpt() -> Program:
+    """With dropout everywhere, in bf16."""
+    config = transformers.GPT2Config(n_embd=HIDDEN, n_layer=3, n_head=HEADS, vocab_size=512, n_positions=SEQ)
+    return capture(config, dtype=torch.bfloat16)
+
+
+def test_activations_of_a_block_are_those_of_the_formula(gpt: Program) -> None:
+    """sbh (34 + 5as/h) bytes, Korthikanti et al., arXiv 2205.05198, equation 1."""
+    ops = gpt.graph.segment_ops(2)
+    entering = {spec.name for spec in gpt.graph.boundaries[2]}
+    size = Size(1, SEQ)
+    found = saved_under(ops, entering, size, MEGATRON) + 2 * SEQ * HIDDEN  # with what enters
+    assert found == pytest.approx(SEQ * HIDDEN * (34 + 5 * HEADS * SEQ / HIDDEN), rel=0.02)
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+def test_sequence_parallelism_divides_all_of_them(ways: int, gpt: Program) -> None:
+    """sbh/t (34 + 5as/h) bytes, equation 4: what is gathered for a matmul is not kept."""
+    splits = all_splits(gpt, ways, sequence_parallel=True)
+    lowered = SplitGraph(gpt.graph, ways, True, splits[0]).lowered(2)
+    size, entering = Size(1, SEQ), {spec.name for spec in lowered.entering}
+    whole = SEQ * HIDDEN * (34 + 5 * HEADS * SEQ / HIDDEN)
+    found = saved_under(list(lowered.ops), entering, size, MEGATRON)
+    assert found + 2 * SEQ * HIDDEN / ways == pytest.approx(whole / ways, rel=0.02)
+    kept = saved_under(list(lowered.ops), entering, size, MEGATRON.model_copy(update={"keeps_gathered": True}))
+    assert kept - found == 2 * 2 * SEQ * HIDDEN * (1 - 1 / ways), "of two gathered inputs, all but this rank's part"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_in_attention_keeps_more_on_a_cpu_than_on_a_gpu(dtype: torch.dtype) -> None:
+    """A GPU's fused kernel keeps its operands and results; a CPU has none that drops out."""
+    config = transformers.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=64, resid_pdrop=0.0, embd_pdrop=0.0)
+    (op,) = _attentions(capture(config, dtype=dtype).graph.segment_ops(2))
+    size = Size(2, 48)
+    shape = (2, 4, 48, 16)
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    operands = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+    attention = Attention(scale=0.25, window=0, softcap=0.0, dropout=0.1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = attention(*operands, None)
+    held = sum(storages.get(t.untyped_storage().data_ptr(), 0) for t in (*operands, result))
+    math = Practice(attention="math")
+    assert attention_core_bytes([op], size, math) == pytest.approx(sum(storages.values()) - held, rel=0.03)
+    assert attention_core_bytes([op], size, OURS) == 0
+    private = sum(s.size_bytes(**size.local) for s in op.saved if s.storage.startswith(f"{op.name}:"))
+    assert private == 2 * 4 * 48 * 4, "the log-sum-exp alone"

@@ -243,7 +243,7 @@ def test_words_of_a_row_count() -> None:
     packed = question(notes="samples packed into one sequence")
     assert (packed.seq_len, packed.batch_size, packed.strategy.batch_per_device) == (4096, 64, 2)
     assert any("stays inside each" in told for told in packed.assumptions)
-    assert question(framework="llm-foundry FSDP", notes="mixed precision PURE").options.gradient_dtype is None
+    assert question(framework="llm-foundry FSDP", notes="mixed precision PURE").options.gradient_dtype == "bfloat16"
     assert question(framework="llm-foundry FSDP", notes="mixed precision DEFAULT").options.gradient_dtype == "float32"
     assert question(compile=True, framework="PyTorch FSDP").options.fused
     assert question(attention_kernel="unfused (no flash)").options.attention == "unfused"

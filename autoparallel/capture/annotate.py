@@ -235,8 +235,10 @@ class _Observer(fx.Interpreter):
         return tensor
 
     def keep(self, tensor: Tensor) -> None:
-        """A storage that a kept kernel makes."""
+        """A storage that a kept kernel makes; one that draws random numbers runs again."""
         assert self.current is not None
+        if self.current.target is torch.ops.autoparallel.attention.default and self.current.args[7]:
+            return
         self.alive.append(tensor)
         self.owner.setdefault(tensor.untyped_storage()._cdata, self.hidden())
         self.kept.setdefault(self.current, []).append(self.storage(tensor))
@@ -303,7 +305,9 @@ class _Observer(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.autoparallel.attention.default:
             query, key, value, _, scale, _, softcap, dropout = args  # priced unpadded; a window's mask is added later
-            return Attention(scale=scale, window=0, softcap=softcap, dropout=dropout)(query, key, value, None)
+            # With dropout the CPU has no fused kernel, and what its matmuls keep is not what a GPU keeps.
+            observed = dropout if softcap else 0.0
+            return Attention(scale=scale, window=0, softcap=softcap, dropout=observed)(query, key, value, None)
         return super().call_function(target, args, kwargs)
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autoparallel.cost.kernels import CROSS_ENTROPY, Size, boundary, groups, score_elements
+from autoparallel.cost.kernels import CROSS_ENTROPY, Size, boundary, drops, groups, score_elements
 from autoparallel.cost.practice import Practice
 from autoparallel.ir.graph import DTYPE_BYTES, Op
-from autoparallel.ir.ops import ATTENTION, DEFERRABLE, attention_window
+from autoparallel.ir.ops import ATTENTION, CONVERSIONS, DEFERRABLE, RANDOM, attention_window
 
 
 def saved_bytes(ops: list[Op], entering: set[str], *, batch: int, seq: int) -> int:
@@ -29,20 +29,44 @@ def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practic
     unfused attention keeps its probabilities (arXiv 2205.05198).
     """
     total = _saved_fused(ops, entering, size) if practice.fused else saved_bytes(ops, entering, **size.local)
+    if not practice.keeps_gathered:
+        total -= _gathered_bytes(ops, size)
     return total + attention_core_bytes(ops, size, practice)
+
+
+def _gathered_bytes(ops: Sequence[Op], size: Size) -> int:
+    """Of what is gathered ahead of matmuls and saved, all but the shard that is gathered."""
+    saved = {s.storage for op in ops for s in op.saved}
+    return sum(
+        op.outputs[0].size_bytes(**size.local) - op.inputs[0].size_bytes(**size.local)
+        for op in ops
+        if op.target in CONVERSIONS and CONVERSIONS[op.target].forward == "all_gather" and op.name in saved
+    )
 
 
 def attention_core_bytes(ops: Sequence[Op], size: Size, practice: Practice) -> int:
     """What unfused attention keeps: probabilities, and with dropout its mask and what it leaves."""
+    attention = [op for op in ops if op.target == ATTENTION]
+    if practice.attention == "math":
+        return sum(_math_bytes(op, size) for op in attention if drops(op))
     if practice.attention != "unfused":
         return 0
     total = 0
-    for op in ops:
-        if op.target == ATTENTION:
-            element = DTYPE_BYTES[op.inputs[0].dtype]
-            drops = 1 + element if op.argument("dropout", 0.0) else 0
-            total += score_elements(op, size) * ((element if practice.fused else 4 + element) + drops)
+    for op in attention:
+        element = DTYPE_BYTES[op.inputs[0].dtype]
+        dropped = 1 + element if drops(op) else 0
+        total += score_elements(op, size) * ((element if practice.fused else 4 + element) + dropped)
     return total
+
+
+def _math_bytes(op: Op, size: Size) -> int:
+    """Of PyTorch's own matmuls: probabilities, mask and what dropout leaves in fp32, scaled queries and keys (values
+    too where they are not fp32), beside what the fused kernel keeps.
+    """
+    wide = max(4, DTYPE_BYTES[op.inputs[0].dtype])
+    copies = 2 if DTYPE_BYTES[op.inputs[0].dtype] == wide else 3
+    operands = sum(spec.numel(**size.local) for spec in op.inputs[:copies])
+    return wide * (3 * score_elements(op, size) + operands)
 
 
 def _saved_fused(ops: list[Op], entering: set[str], size: Size) -> int:
@@ -55,18 +79,46 @@ def _saved_fused(ops: list[Op], entering: set[str], size: Size) -> int:
         if len(group) == 1:
             kept |= {s.storage: s.size_bytes(**size.local) for s in group[0].saved}
             continue
+        masked = {_storage(name, sources) for name in _only_dropped(group)}
         for spec in boundary(group, ops)[0].values():
-            name = spec.name
-            while name in sources:
-                name = sources[name]
-            if spec.requires_grad:
+            name = _storage(spec.name, sources)
+            if name in masked:
+                kept[f"{group[0].name}:{name}"] = spec.numel(**size.local)  # a byte an element says what is dropped
+            elif spec.requires_grad:
                 kept[name] = spec.size_bytes(**size.local)
     return sum(size_bytes for storage, size_bytes in kept.items() if storage.split(":")[0] in made)
 
 
-def kept_bytes(ops: list[Op], *, batch: int, seq: int) -> int:
+def _only_dropped(group: list[Op]) -> set[str]:
+    """What enters a fused group only to be dropped out of, biases added: its values are not needed again."""
+    by_name = {op.name: op for op in group}
+    found = {op.inputs[0].name for op in group if op.target in RANDOM}
+    for op in reversed(group):
+        if op.name in found and (op.is_view or not op.saved):
+            found |= {spec.name for spec in op.inputs}
+    return found - by_name.keys()
+
+
+def _storage(name: str, sources: dict[str, str]) -> str:
+    """What a view is of."""
+    while name in sources:
+        name = sources[name]
+    return name
+
+
+def kept_bytes(ops: Sequence[Op], *, batch: int, seq: int) -> int:
     """What selective recomputation keeps, each output of a contraction in a storage of its own."""
     return sum(s.size_bytes(batch=batch, seq=seq) for op in ops for s in op.kept)
+
+
+def kept_under(ops: Sequence[Op], size: Size, practice: Practice) -> int:
+    """`kept_bytes`, and the products of PyTorch's own matmuls where those are what attention runs."""
+    matmuls = [op for op in ops if op.target == ATTENTION and drops(op)] if practice.attention == "math" else []
+    products = sum(
+        max(4, DTYPE_BYTES[op.inputs[0].dtype]) * (score_elements(op, size) + op.outputs[0].numel(**size.local))
+        for op in matmuls
+    )
+    return kept_bytes(ops, **size.local) + products
 
 
 def replayed(ops: list[Op]) -> list[Op]:

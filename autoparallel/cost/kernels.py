@@ -186,7 +186,7 @@ def _sizes(op: Op, first: TensorSpec, second: TensorSpec, size: Size) -> tuple[i
 
 def _attention(op: Op, size: Size, practice: Practice) -> OpKernels:
     trained = any(tensor.requires_grad for tensor in op.inputs[:3])
-    if practice.attention == "unfused":
+    if practice.attention == "unfused" or (practice.attention == "math" and drops(op)):
         return _unfused_attention(op, size, practice, trained=trained)
     counted = flops(op, **size.whole)
     query, _, value = op.inputs[:3]
@@ -200,10 +200,15 @@ def _attention(op: Op, size: Size, practice: Practice) -> OpKernels:
         forward_bytes(op, **size.local),
         flops=counted.executed_forward / ways,
         special=scores,
-        variant=practice.attention,
+        variant="flash" if practice.attention == "math" else practice.attention,
     )
     backward = forward._replace(moved_bytes=backward_bytes(op, **size.local), flops=counted.executed_backward / ways)
     return OpKernels((op,), (forward,), (backward,) if trained else ())
+
+
+def drops(op: Op) -> bool:
+    """Whether an attention op has dropout."""
+    return bool(op.argument("dropout", 0.0))
 
 
 def score_elements(op: Op, size: Size) -> int:
@@ -227,9 +232,8 @@ def _unfused_attention(op: Op, size: Size, practice: Practice, *, trained: bool)
     def passes(count: float, *, special: float = 0.0) -> Kernel:
         return Kernel("memory", dtype, count * scores, special=special)
 
-    dropped = bool(op.argument("dropout", 0.0))
-    drops = [passes(2 * element + 1)] if dropped else []
-    draws = [passes(2 * element + 1, special=DRAW * scores)] if dropped else []
+    undrawn = [passes(2 * element + 1)] if drops(op) else []
+    draws = [passes(2 * element + 1, special=DRAW * scores)] if drops(op) else []
     softmax = [passes(2 * element, special=scores)]
     if not practice.fused:  # mask added, a copy in fp32, softmax in fp32, a copy back
         softmax = [passes(2 * element), passes(element + 4), passes(8, special=scores), passes(4 + element)]
@@ -237,7 +241,7 @@ def _unfused_attention(op: Op, size: Size, practice: Practice, *, trained: bool)
     backward = [
         product(rows, keys, value_dim),
         product(keys, value_dim, rows),
-        *drops,
+        *undrawn,
         *([passes(3 * element)] if practice.fused else [passes(4 + element), passes(12), passes(4 + element)]),
         product(rows, head_dim, keys),
         product(keys, head_dim, rows),

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from autoparallel.ir.schema import Schema
 
-Attention = Literal["flash", "flash-1", "vendor", "unfused"]
+Attention = Literal["flash", "flash-1", "vendor", "unfused", "math"]
 """One kernel that never writes the scores: PyTorch's (FlashAttention-2, arXiv 2307.08691), the first of its kind (arXiv
-2205.14135), or the one that the device's vendor tuned for it; or matmuls with a softmax between them.
+2205.14135), or the one that the device's vendor tuned for it; or matmuls with a softmax between them, as others write
+them or as PyTorch does where it has no kernel: with dropout on a CPU.
 """
 
 
@@ -28,6 +29,10 @@ class Practice(Schema):
     """Whether parameters whose states are sharded are gathered beside the next forward, not after the optimizer."""
     gathers_each_parameter: bool = False
     """Whether sharded parameters are gathered and reduced one by one, not a block at once."""
+    keeps_gathered: bool = True
+    """Whether what sequence parallelism gathers ahead of a matmul is kept for its backward; else it is gathered once
+    more, beside a matmul (arXiv 2205.05198, section 4.2.2).
+    """
     tensor_overlap: bool = False
     """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
     dispatch_s: float | None = Field(default=None, ge=0)

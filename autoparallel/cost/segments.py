@@ -51,6 +51,8 @@ def build_workload(
     `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one. With `only`, all is of that one
     strategy.
     """
+    if flavor.is_cpu and practice.attention == "flash":
+        practice = practice.model_copy(update={"attention": "math"})
     context_parallel = 1 if only is None else only.context_parallel
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision, practice, context_parallel)
     sizes = sorted(set(micro_batch_sizes))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from autoparallel.cost.activations import (
     attention_core_bytes,
     deferred_bytes,
-    kept_bytes,
+    kept_under,
     replayed,
     saved_under,
     workspace_bytes,
@@ -84,7 +84,7 @@ def work_of(graph: Graph, lowered: LoweredSegment, size: Size, practice: Practic
         collectives=tuple(_calls(ops, again, size, practice)),
         gradient_elements=sum(prod(lowered.split_of(name).local_shape()) for name in trained),
         saved_bytes=saved,
-        saved_selective_bytes=kept_bytes(ops, **size.local) if practice.attention != "unfused" else saved - core,
+        saved_selective_bytes=saved - core if practice.attention == "unfused" else kept_under(ops, size, practice),
         deferred_bytes=deferred_bytes(ops, **size.local),
         input_bytes=sum(spec.size_bytes(**size.local) for spec in lowered.entering),
         workspace_bytes=max((workspace_bytes(op, **size.local) for op in ops), default=0),

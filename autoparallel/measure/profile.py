@@ -78,13 +78,13 @@ class _Job:
     """Of the budget, relative to other jobs."""
 
 
-def profile(device_type: str | None = None, *, budget_s: float = 90.0, name: str | None = None) -> CostTable:
-    """Measure this machine's CPU (one thread) or GPU for about `budget_s` seconds.
+def profile(device_type: str | None = None, *, budget_s: float = 90.0) -> CostTable:
+    """Measure this machine's CPU (one thread) or GPU for about `budget_s` seconds, and half a minute of captures.
 
     Raises ConfigError for a device that is not here.
     """
     device = _device(device_type)
-    name = name or _table_name(device)
+    name = "cpu" if device.type == "cpu" else device_of_model(torch.cuda.get_device_name(device))
     if device.type == "cpu":
         torch.set_num_threads(1)
     found, watch = _Found(), Stopwatch(device)
@@ -106,12 +106,6 @@ def _device(device_type: str | None) -> torch.device:
             remedy="choose cpu, or cuda where torch sees a GPU (of AMD too)",
         )
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device("cpu")
-
-
-def _table_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    return device_of_model(torch.cuda.get_device_name(device))
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -267,12 +261,31 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
     def measured(value: float, unit: str, what: str) -> Figure:
         return Figure(value=float(f"{value:.4g}"), unit=unit, kind="measured", source=f"{what}; {source}")
 
+    def peak(known: Figure | None, value: float, unit: str, what: str) -> Figure:
+        """Of the data sheet where there is one: what utilisation is a share of."""
+        if known is not None and known.kind == "datasheet" and known.value >= value:
+            return known
+        return measured(value, unit, what)
+
     launch_s = found.launch_s
     curve = _memory_curve(found.timed, launch_s, found.adamw_bytes_per_s)
-    bandwidth = max(found.adamw_bytes_per_s, *(rate for _, rate in curve))
+    bandwidth = peak(
+        known.memory_bandwidth_bytes_per_s if known else None,
+        max(found.adamw_bytes_per_s, *(rate for _, rate in curve)),
+        "bytes/s",
+        "the fastest size of memory-bound operators, AdamW among them",
+    )
     special_s = _special_s(found.timed, launch_s, curve)
     rates = {dtype: _matmul_rates(timed, launch_s) for dtype, timed in found.matmuls.items()}
-    peaks = {dtype: points[-1][1] for dtype, points in rates.items()}
+    peaks = {
+        dtype: peak(
+            known.peak_flops_per_s.get(dtype) if known else None,
+            points[-1][1],
+            "FLOP/s",
+            "the fastest of a grid of linear layers",
+        )
+        for dtype, points in rates.items()
+    }
     attention = _attention_flops_per_s(found.timed, launch_s, special_s)
     main = DTYPES[watch.device.type][0]
     fields: dict[str, Any] = {} if known is None else known.model_dump()
@@ -281,23 +294,20 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
         "vendor": fields.get("vendor", "any" if watch.device.type == "cpu" else "unknown"),
         "description": fields.get("description", name),
         "memory_bytes": measured(_memory_bytes(watch.device), "bytes", "half of the host's memory on CPU"),
-        "memory_bandwidth_bytes_per_s": measured(
-            bandwidth, "bytes/s", "the fastest size of memory-bound operators, AdamW among them"
-        ),
+        "memory_bandwidth_bytes_per_s": bandwidth,
         "memory_efficiency": measured(
-            found.adamw_bytes_per_s / bandwidth, "fraction", "one-kernel AdamW, 28 bytes an element, in place"
+            found.adamw_bytes_per_s / bandwidth.value, "fraction", "one-kernel AdamW, 28 bytes an element, in place"
         ),
         "memory_curve": SizeCurve(
-            points=tuple((size, float(f"{rate / bandwidth:.3g}")) for size, rate in curve),
+            points=tuple((size, float(f"{rate / bandwidth.value:.3g}")) for size, rate in curve),
             kind="measured",
             source=f"memory-bound operators of Llama and GPT-2 blocks, forward and backward; {source}",
         ),
-        "peak_flops_per_s": {
-            dtype: measured(peak, "FLOP/s", "the fastest of a grid of linear layers") for dtype, peak in peaks.items()
-        },
-        "matmul_efficiency": {
+        "peak_flops_per_s": fields.get("peak_flops_per_s", {}) | peaks,
+        "matmul_efficiency": fields.get("matmul_efficiency", {})
+        | {
             ("default" if dtype == main else dtype): EfficiencyCurve(
-                points=tuple((flops, float(f"{rate / peaks[dtype]:.3g}")) for flops, rate in points),
+                points=tuple((flops, float(f"{rate / peaks[dtype].value:.3g}")) for flops, rate in points),
                 kind="measured",
                 source=f"linear layers, forward and both gradients; {source}",
             )
@@ -306,7 +316,7 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
         "compute_units": None,
         "matmul_fill_depth": None,
         "attention_efficiency": measured(
-            min(1.0, attention / peaks[main]), "fraction", "scaled_dot_product_attention, forward and backward"
+            min(1.0, attention / peaks[main].value), "fraction", "scaled_dot_product_attention, forward and backward"
         ),
         "vendor_attention_efficiency": None,
         "special_functions_per_s": measured(1 / special_s, "1/s", "cross entropy, SiLU, GELU, beyond the bytes moved"),

@@ -27,6 +27,8 @@ class Practice:
     """Parameters with sharded states are gathered beside the next forward."""
     gathers_each_parameter: bool = False
     """One collective for each sharded tensor."""
+    keeps_gathered: bool = True
+    """What sequence parallelism gathers ahead of a matmul stays for its backward; Megatron-LM gathers it again."""
     tensor_overlap: bool = False
     """Collectives of tensor parallelism run beside the matmuls next to them."""
     dispatch_s: float | None = None
@@ -35,7 +37,7 @@ class Practice:
     sequence_parallel: bool = False
     """With tensor parallelism."""
     gradient_dtype: str | None = None
-    """In which gradients are summed; None is the dtype of compute."""
+    """In which gradients are summed; None is fp32, as ours are."""
     master_dtype: str = "float32"
     optimizer: str = "adamw"
     dropout: float = 0.0
@@ -53,6 +55,7 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="float32",
+        keeps_gathered=False,
     ),
     Practice(
         ("zero-bubble",),
@@ -60,6 +63,7 @@ PRACTICES: tuple[Practice, ...] = (
         overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
+        keeps_gathered=False,
     ),
     Practice(
         ("deepspeed",),
@@ -79,6 +83,7 @@ PRACTICES: tuple[Practice, ...] = (
         "says that gradients are bf16 too",
         fused=False,
         distribute_param=1,
+        gradient_dtype="bfloat16",
     ),
     Practice(
         ("nemo megatron",),
@@ -89,6 +94,7 @@ PRACTICES: tuple[Practice, ...] = (
         sequence_parallel=True,
         gradient_dtype="bfloat16",
         dropout=0.1,
+        keeps_gathered=False,
     ),
     Practice(
         ("bridge", "nemo", "megatron-core", "mcore", "primus", "transformer engine"),
@@ -100,6 +106,7 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="bfloat16",
+        keeps_gathered=False,
     ),
     Practice(
         ("megatron",),
@@ -108,6 +115,7 @@ PRACTICES: tuple[Practice, ...] = (
         overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
+        keeps_gathered=False,
     ),
     Practice(
         ("llm-foundry", "composer", "mosaic"),

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import get_args
 
 from pydantic import ValidationError
 
 from autoparallel.cost.practice import Attention
 from autoparallel.ir.flavor import Flavor
-from autoparallel.plans.strategy import Recomputation, ScheduleName, Strategy
+from autoparallel.plans.strategy import Recomputation, Strategy
 from benchmarks.published.hardware import flavor_of
 from benchmarks.published.layout import Layout, layers_by_stage, layout_of, stages_of
 from benchmarks.published.models import Structure, structure_of
@@ -36,6 +35,7 @@ class Options:
     overlap: bool
     gathers_ahead: bool
     gathers_each_parameter: bool
+    keeps_gathered: bool
     tensor_overlap: bool
     dispatch_s: float | None
     optimizer: str
@@ -114,7 +114,7 @@ def _sharded(
     level = _distribute_param(run)
     if run.zero is None and layout.data > 1:
         assumptions.append(f"zero is not stated: {level}")
-    gradient_bytes = 4 if options.gradient_dtype == "float32" else 2
+    gradient_bytes = 2 if options.gradient_dtype == "bfloat16" else 4
     held_bytes = structure.num_parameters / (layout.tensor * layout.pipeline) * (2 + gradient_bytes)
     if level < 3 and layout.data > 1 and held_bytes > flavor.memory_bytes and not run.out_of_memory:
         assumptions.append(f"{held_bytes / 2**30:.0f} GiB of parameters and gradients do not fit: zero 3")
@@ -138,8 +138,9 @@ def _schedule(run: Run, layout: Layout) -> str:
     if layout.virtual > 1:
         return "interleaved"
     if name.startswith(("zb", "zero")):
-        double = re.search(r"2p|zbv|zb-v", name) is not None
-        return "zb-2p" if double and "zb-2p" in get_args(ScheduleName) else "zero_bubble"
+        if re.search(r"2p|zbv|zb-v", name):
+            raise Unexpressed(f"schedule {run.schedule}: of the zero-bubble ones, ours is ZB-H1")
+        return "zero_bubble"
     return "gpipe" if "gpipe" in name or "fill-drain" in name else "1f1b"
 
 
@@ -204,6 +205,7 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
         gathers_each_parameter=practice.gathers_each_parameter,
+        keeps_gathered=practice.keeps_gathered,
         tensor_overlap=practice.tensor_overlap,
         dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
@@ -224,7 +226,7 @@ def _flash(kernel: str, practice: Practice) -> Attention:
 def _gradient_dtype(run: Run, practice: Practice) -> str | None:
     """As the row says, or as the framework does. Composer's FSDP calls all-bf16 PURE."""
     if re.search(r"\bpure\b", run.said):
-        return None
+        return "bfloat16"
     if re.search(r"gradients? (\w+ )?in fp32|fp32 gradients?", run.said):
         return "float32"
     return practice.gradient_dtype
