@@ -133,6 +133,7 @@ def estimate(
     overlap: bool = True,
     gathers_ahead: bool = True,
     gathers_each_parameter: bool = False,
+    shards_most: bool = False,
     keeps_gathered: bool = True,
     tensor_overlap: bool = False,
     dispatch_s: float | None = None,
@@ -146,8 +147,9 @@ def estimate(
 
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
     kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_...`) and tensor
-    parallelism (`tensor_overlap`) beside compute, what sequence parallelism gathers twice (`keeps_gathered`), dtypes of
-    gradients and masters, host time to launch a kernel (`dispatch_s`). `table` stands in for the device's cost table.
+    parallelism (`tensor_overlap`) beside compute, tensor parallelism that divides all it can (`shards_most`) or gathers
+    twice (not `keeps_gathered`), dtypes of gradients and masters, host time to launch a kernel (`dispatch_s`). `table`
+    stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
 
@@ -182,6 +184,7 @@ def estimate(
             overlap=overlap,
             gathers_ahead=gathers_ahead,
             gathers_each_parameter=gathers_each_parameter,
+            shards_most=shards_most,
             keeps_gathered=keeps_gathered,
             tensor_overlap=tensor_overlap,
             dispatch_s=dispatch_s,

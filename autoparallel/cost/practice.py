@@ -29,6 +29,8 @@ class Practice(Schema):
     """Whether parameters whose states are sharded are gathered beside the next forward, not after the optimizer."""
     gathers_each_parameter: bool = False
     """Whether sharded parameters are gathered and reduced one by one, not a block at once."""
+    shards_most: bool = False
+    """Whether tensor parallelism divides every parameter that it can, as Megatron-LM's does; else what is fastest."""
     keeps_gathered: bool = True
     """Whether what sequence parallelism gathers ahead of a matmul is kept for its backward; else it is gathered once
     more, beside a matmul (arXiv 2205.05198, section 4.2.2).

@@ -64,6 +64,7 @@ def build_workload(
         seq_len=seq_len // context_parallel,
         price=pricing.segment_cost,
         sequence_parallel=None if only is None else only.sequence_parallel,
+        shards_most=practice.shards_most,
     )
     return Workload(
         model_name=graph.model_name,

@@ -73,9 +73,10 @@ def variants(
     seq_len: int,
     price: Price,
     sequence_parallel: bool | None = None,
+    shards_most: bool = False,
 ) -> tuple[tuple[Variant, ...], dict[int, str]]:
     """The variants of every degree, and why some degrees have none; with `sequence_parallel`, or without it, or both
-    where it is None.
+    where it is None; with `shards_most`, only those that divide most parameters.
     """
     legal = _legal(graph)
     found: list[Variant] = []
@@ -89,7 +90,7 @@ def variants(
             if sequence_parallel not in (None, divided):
                 continue
             for size in micro_batch_sizes:
-                found += _of_size(legal, degree, divided, size, price)
+                found += _of_size(legal, degree, divided, size, price, shards_most=shards_most)
     return tuple(found), impossible
 
 
@@ -169,12 +170,19 @@ def _legal(graph: Graph) -> _Legal:
     return _Legal(graph)
 
 
-def _of_size(legal: _Legal, degree: int, sequence_parallel: bool, size: int, price: Price) -> list[Variant]:
-    """The fastest and the leanest choice at one micro-batch size; one where they are the same."""
+def _of_size(
+    legal: _Legal, degree: int, sequence_parallel: bool, size: int, price: Price, *, shards_most: bool
+) -> list[Variant]:
+    """The fastest and the leanest choice at one micro-batch size, or the one that shards most; one where they are the
+    same.
+    """
     options = legal.options(degree, sequence_parallel)
     priced = {option: Priced(option, price(option.lowered, size)) for found in options.values() for option in found}
     chosen: list[Variant] = []
-    for better in (lambda p: p.speed, lambda p: p.size):
+    orders: list[Callable[[Priced], tuple[float, float]]] = [lambda p: p.speed, lambda p: p.size]
+    if shards_most:
+        orders = [lambda p: (p.option.elements, p.speed[0])]
+    for better in orders:
         best = [priced[option] for option in _choose(legal.together(degree, sequence_parallel), priced, better)]
         held = legal.held(tuple(p.option for p in best))
         variant = Variant(

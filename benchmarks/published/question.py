@@ -35,6 +35,7 @@ class Options:
     overlap: bool
     gathers_ahead: bool
     gathers_each_parameter: bool
+    shards_most: bool
     keeps_gathered: bool
     tensor_overlap: bool
     dispatch_s: float | None
@@ -205,6 +206,7 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
         gathers_each_parameter=practice.gathers_each_parameter,
+        shards_most=True,  # nobody publishes a layout that leaves a matrix whole
         keeps_gathered=practice.keeps_gathered,
         tensor_overlap=practice.tensor_overlap,
         dispatch_s=practice.dispatch_s,
