@@ -121,8 +121,11 @@ def profile(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write DEVICE.json into this folder.")] = None,
 ) -> None:
     """Measure this machine's device into a cost table, for AUTOPARALLEL_COST_MODELS."""
-    if output is not None and not output.is_dir():
-        raise ConfigError(f"{output} is no folder.", remedy=f"make it: mkdir {output}")
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be made.", why=str(error), remedy="name a writable folder") from error
     from autoparallel.measure.profile import profile as measured
 
     table = measured(device, budget_s=budget)

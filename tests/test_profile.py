@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 from autoparallel.capture.program import capture
+from autoparallel.cli import app
 from autoparallel.cost.compute import Device
 from autoparallel.cost.kernels import Kernel, Size, kernels
 from autoparallel.cost.practice import OURS
@@ -127,6 +129,13 @@ def test_a_device_that_is_not_here_is_refused(device: str) -> None:
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="there is no device"):
         measuring.profile(device)
+
+
+def test_a_file_is_no_folder_for_tables(tmp_path: Path) -> None:
+    (tmp_path / "tables").touch()
+    done = CliRunner().invoke(app, ["profile", "-o", str(tmp_path / "tables")])
+    assert done.exit_code == ConfigError("").exit_code
+    assert "cannot be made" in done.output
 
 
 def test_links_between_two_processes() -> None:

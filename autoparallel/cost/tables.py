@@ -246,7 +246,7 @@ def _texts(folder: str | None) -> dict[str, bytes]:
             raise ConfigError(
                 f"there is no folder {folder!r} of cost tables",
                 why="AUTOPARALLEL_COST_MODELS names it",
-                remedy="make it with `autoparallel profile -o FOLDER/DEVICE.json`, or unset the variable",
+                remedy="make it with `autoparallel profile -o FOLDER`, or unset the variable",
             )
         folders.append(Path(folder))
     return {
