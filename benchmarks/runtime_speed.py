@@ -153,7 +153,7 @@ def alternate(steps: dict[str, Callable[[Batch], Tensor]], batch: Batch, pairs: 
     found: dict[str, list[Seconds]] = {"hand": [], "ours": [], "control": [], "control again": []}
     for turn in range(pairs):
         order = [("ours", "ours"), ("hand", "hand")][:: 1 - 2 * (turn % 2)]
-        control = [("control", "hand"), ("control again", "hand")][:: 1 - 2 * (turn // 3 % 2)]
+        control = [("control", "hand"), ("control again", "hand")][:: 1 - 2 * (turn // CONTROL_EVERY % 2)]
         for name, program in order + (control if turn % CONTROL_EVERY == 0 else []):
             found[name].append(seconds_of(lambda program=program: steps[program](batch)))
     return found

@@ -26,7 +26,7 @@ import transformers
 
 from autoparallel.capture.program import Program, capture
 from autoparallel.cost.flavors import device_of_model
-from autoparallel.cost.kernels import Kernel, Size, kernels
+from autoparallel.cost.kernels import Size, kernels
 from autoparallel.cost.practice import OURS
 from autoparallel.cost.tables import CostTable, EfficiencyCurve, Figure, SizeCurve, available_devices, load_table
 from autoparallel.emit.stage import emit_stage, state_tensors
@@ -64,7 +64,8 @@ class _Found:
     dispatch_s: float | None = None
     """Of the host, where the device runs behind it."""
     timed: list[Timed] = field(default_factory=list)
-    matmuls: dict[str, list[tuple[tuple[Kernel, ...], float]]] = field(default_factory=lambda: defaultdict(list))
+    matmuls: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    """By dtype, (FLOPs, seconds) of one product."""
     adamw_bytes_per_s: float = 0.0
     links: Links | None = None
 
@@ -198,15 +199,11 @@ def _launch_behind_others(device: torch.device, count: int = 200) -> float:
 def _operators(
     watch: Stopwatch, found: _Found, config: transformers.PretrainedConfig, rows: int, seq: int, budget_s: float
 ) -> None:
-    begin_s = time.perf_counter()
-    dtype = getattr(torch, DTYPES[watch.device.type][0])
-    program: Program = capture(config, dtype=dtype)
+    end_s = time.perf_counter() + budget_s
+    program: Program = capture(config, dtype=getattr(torch, DTYPES[watch.device.type][0]))
     assert program.graph.parameters
-    once = timeline(program, batch=rows, seq=seq, passes=1, watch=watch)
-    spent_s = time.perf_counter() - begin_s
-    pass_s = max(1e-3, sum(part.seconds for part in once) * 1.5)
-    passes = max(3, min(40, int((budget_s - spent_s) / pass_s)))
-    found.timed += timeline(program, batch=rows, seq=seq, passes=passes, watch=watch)
+    left_s = end_s - time.perf_counter()
+    found.timed += timeline(program, batch=rows, seq=seq, budget_s=left_s, watch=watch)
 
 
 def _matmuls(watch: Stopwatch, found: _Found, dtype: str, budget_s: float) -> None:
@@ -224,18 +221,12 @@ def _matmuls(watch: Stopwatch, found: _Found, dtype: str, budget_s: float) -> No
             torch.randn(*shape, device=watch.device).to(getattr(torch, dtype))
             for shape in ((rows, depth), (columns, depth), (rows, columns))
         )
-        element = x.element_size()
-        moved = (rows * depth + depth * columns + rows * columns) * element
-        three = tuple(
-            Kernel("matmul", dtype, moved, 1, m, n, k)
-            for m, n, k in ((rows, columns, depth), (rows, depth, columns), (columns, depth, rows))
-        )
 
         def products(x: Any = x, weight: Any = weight, dy: Any = dy) -> Any:
             return F.linear(x, weight), dy @ weight, dy.T @ x
 
         seconds = watch.typical_s(products, budget_s=left_s / (len(sizes) - index))
-        found.matmuls[dtype].append((three, seconds))
+        found.matmuls[dtype].append((2.0 * rows * depth * columns, seconds / 3))
 
 
 def _optimizer(watch: Stopwatch, found: _Found, budget_s: float) -> None:
@@ -398,19 +389,18 @@ def _memory_curve(timed: list[Timed], launch_s: float, floor_bytes_per_s: float)
     return _bins(points) if points else [(1e6, floor_bytes_per_s)]
 
 
-def _rate(curve: list[tuple[float, float]], size: float) -> float:
-    peak = max(rate for _, rate in curve)
-    points = tuple((x, rate / peak) for x, rate in curve)
-    return peak * SizeCurve(points=points, kind="measured", source="-").at(size)
-
-
 def _special_s(timed: list[Timed], launch_s: float, curve: list[tuple[float, float]]) -> float:
     """Seconds of an exponential: what is left of the time of operators that have some."""
+    peak = max(rate for _, rate in curve)
+    shares = SizeCurve(
+        points=tuple((size, rate / peak) for size, rate in curve), kind="measured", source="these samples"
+    )
     left_s = counted = 0.0
     for part in timed:
         kernel = part.kernels[0]
         if kernel.kind == "memory" and kernel.special:
-            left_s += part.seconds - launch_s - kernel.moved_bytes / _rate(curve, kernel.moved_bytes)
+            moved_s = kernel.moved_bytes / (peak * shares.at(kernel.moved_bytes))
+            left_s += part.seconds - launch_s - moved_s
             counted += kernel.special
     return max(1e-15, left_s / counted) if counted else 1e-15
 
@@ -422,14 +412,11 @@ def _attention_flops_per_s(timed: list[Timed], launch_s: float, special_s: float
     return flops / busy_s
 
 
-def _matmul_rates(timed: list[tuple[tuple[Kernel, ...], float]], launch_s: float) -> list[tuple[float, float]]:
+def _matmul_rates(timed: list[tuple[float, float]], launch_s: float) -> list[tuple[float, float]]:
     """(FLOPs of a call, FLOP/s), rising to that of the fastest large one; of small ones, little beside the launch is
     left to measure.
     """
-    points = []
-    for three, seconds in timed:
-        flops = 2.0 * three[0].rows * three[0].columns * three[0].depth
-        points.append((flops, flops, max(seconds / 3 - launch_s, seconds / 6)))
+    points = [(flops, flops, max(seconds - launch_s, seconds / 2)) for flops, seconds in timed]
     found = _bins(points)
     peak = max([rate for flops, rate in found if flops >= LARGE_FLOPS] or [rate for _, rate in found])
     rising: list[tuple[float, float]] = []

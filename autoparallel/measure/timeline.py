@@ -5,6 +5,7 @@ training step runs them, with every activation alive in between.
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from autoparallel.cost.practice import OURS
 from autoparallel.ir.graph import Op
 from autoparallel.measure.stopwatch import Stopwatch
 
+LEAST_STEPS, MOST_STEPS = 3, 40
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -31,15 +34,20 @@ class Timed:
     seconds: float
 
 
-def timeline(program: Program, *, batch: int, seq: int, passes: int, watch: Stopwatch) -> list[Timed]:
-    """Medians over `passes` of a forward and a backward pass; backward without what autograd itself takes."""
+def timeline(program: Program, *, batch: int, seq: int, budget_s: float, watch: Stopwatch) -> list[Timed]:
+    """Medians over as many steps as fit into the budget, after one that warms up; backward without what autograd
+    itself takes.
+    """
+    end_s = time.perf_counter() + budget_s
     runner = _Runner(program, watch)
     inputs = _inputs(program, batch=batch, seq=seq, device=watch.device)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for turn in range(passes + 1):
+    runner.step(inputs)
+    for turn in range(MOST_STEPS):
+        if turn >= LEAST_STEPS and time.perf_counter() > end_s:
+            break
         for key, seconds in runner.step(inputs).items():
-            if turn > 0:  # the first one warms up
-                found[key].append(seconds)
+            found[key].append(seconds)
     parts = {part.ops[0].name: part for part in kernels(list(program.graph.ops()), Size(batch, seq), OURS)}
     timed = []
     for (phase, name), samples in found.items():
@@ -54,7 +62,7 @@ def timeline(program: Program, *, batch: int, seq: int, passes: int, watch: Stop
 
 
 def _inputs(program: Program, *, batch: int, seq: int, device: torch.device) -> list[Tensor]:
-    """One for each placeholder: random tokens, no padding."""
+    """One for each placeholder: one token everywhere, no padding."""
     tokens = torch.zeros(batch, seq, dtype=torch.int64, device=device)
     made = {"attention_mask": torch.ones_like(tokens), "num_items": torch.tensor(batch * seq, device=device)}
     names = [node.name for node in program.module.graph.nodes if node.op == "placeholder"]

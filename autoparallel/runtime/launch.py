@@ -54,7 +54,7 @@ def ensure_launched(flavor: Flavor) -> None:
         if dist.get_world_size() != flavor.num_devices:
             raise _world_size_error(flavor, dist.get_world_size())
         _hide_ranks()
-        atexit.register(_leave)
+        _register_exit()
         return
     environment = _rank_environment()
     if environment:
@@ -68,7 +68,7 @@ def ensure_launched(flavor: Flavor) -> None:
         _relaunch(flavor)
     _hide_ranks()
     install_error_hook()  # over torch's, which init_process_group has just put on top
-    atexit.register(_leave)
+    _register_exit()
 
 
 def rank() -> int:
@@ -142,6 +142,12 @@ def _join(flavor: Flavor) -> None:
         _exit_together(_world_size_error(flavor, size), store=store, index=index, size=size)
     _select_device(flavor, local_rank=int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(_backend(flavor), store=store, rank=index, world_size=size, timeout=distributed_timeout())
+
+
+def _register_exit() -> None:
+    """Once, however often the script compiles: the last registered runs first."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
 
 
 def _leave() -> None:
