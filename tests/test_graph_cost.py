@@ -24,27 +24,16 @@ from autoparallel.emit.stage import emit_stage, state_tensors
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.ops import flops
 from autoparallel.plans.strategy import Recomputation, StagePlan
-from tests.families import FAMILIES, UNSEEN, make_batch, make_model
+from tests.families import FAMILIES, UNSEEN, make_batch, make_model, program_of
 
 ROWS, SEQ = 3, 24
 ALL = {**FAMILIES, **UNSEEN}
 PROVED = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in UNSEEN)]
 
 
-@pytest.fixture(scope="module")
-def programs() -> dict[str, Program]:
-    return {}
-
-
-def program_of(family: str, programs: dict[str, Program]) -> Program:
-    if family not in programs:
-        programs[family] = capture(make_model(family, dtype=torch.float32))
-    return programs[family]
-
-
 @pytest.mark.parametrize("family", PROVED)
-def test_flops_equal_torchs_counter(family: str, programs: dict[str, Program]) -> None:
-    graph = program_of(family, programs).graph
+def test_flops_equal_torchs_counter(family: str) -> None:
+    graph = program_of(family).graph
     counted = [flops(op, batch=ROWS, seq=SEQ) for op in graph.ops()]
     config = ALL[family]()
     with torch.device("meta"):
@@ -59,8 +48,8 @@ def test_flops_equal_torchs_counter(family: str, programs: dict[str, Program]) -
     assert sum(f.executed_forward for f in counted) < sum(f.forward for f in counted)
 
 
-def test_window_limits_executed_flops(programs: dict[str, Program]) -> None:
-    windowed, full = (program_of(name, programs).graph for name in ("mistral", "llama"))
+def test_window_limits_executed_flops() -> None:
+    windowed, full = (program_of(name).graph for name in ("mistral", "llama"))
     executed = [sum(flops(op, batch=1, seq=48).executed_forward for op in graph.ops()) for graph in (windowed, full)]
     counted = [sum(flops(op, batch=1, seq=48).forward for op in graph.ops()) for graph in (windowed, full)]
     assert counted[0] == counted[1]
@@ -68,9 +57,9 @@ def test_window_limits_executed_flops(programs: dict[str, Program]) -> None:
 
 
 @pytest.mark.parametrize("family", PROVED)
-def test_parameter_bytes_equal_the_models(family: str, programs: dict[str, Program]) -> None:
+def test_parameter_bytes_equal_the_models(family: str) -> None:
     model = make_model(family, dtype=torch.float32)
-    graph = program_of(family, programs).graph
+    graph = program_of(family).graph
     assert sum(p.size_bytes for p in graph.parameters) == sum(p.nbytes for p in model.parameters())
     assert {p.name for p in graph.parameters} == {name for name, _ in model.named_parameters()}
 
@@ -131,12 +120,10 @@ def emitted_block(model: nn.Module, program: Program, recomputation: Recomputati
 
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 @pytest.mark.parametrize("family", PROVED)
-def test_saved_bytes_equal_what_stays_alive(
-    family: str, recomputation: Recomputation, programs: dict[str, Program]
-) -> None:
+def test_saved_bytes_equal_what_stays_alive(family: str, recomputation: Recomputation) -> None:
     """From the forward of one block to its backward: what autograd and the selective cache hold."""
     model = make_model(family, dtype=torch.float32)
-    program = program_of(family, programs)
+    program = program_of(family)
     block = emitted_block(model, program, recomputation)
     with LiveStorages() as live:
         result = block.forward()
@@ -174,12 +161,10 @@ class ContractionFlops(TorchDispatchMode):
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("family", PROVED)
-def test_backward_repeats_the_predicted_flops(
-    family: str, recomputation: Recomputation, programs: dict[str, Program]
-) -> None:
+def test_backward_repeats_the_predicted_flops(family: str, recomputation: Recomputation) -> None:
     """Forward is left before the last kernels, whose results nobody needs again."""
     model = make_model(family, dtype=torch.float32)
-    program = program_of(family, programs)
+    program = program_of(family)
     counted = {}
     for level in ("none", recomputation):
         result = emitted_block(model, program, level).forward()
@@ -194,7 +179,7 @@ def test_backward_repeats_the_predicted_flops(
 
 
 @pytest.mark.parametrize("family", PROVED)
-def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str, programs: dict[str, Program]) -> None:
+def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str) -> None:
     model = make_model(family, dtype=torch.float32)
     program = capture(model)
     graph, tensors = program.graph, state_tensors(model, program)
@@ -214,8 +199,8 @@ def test_deferred_bytes_equal_what_a_split_backward_keeps(family: str, programs:
 @pytest.mark.parametrize(
     ("family", "classes"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("phi3", 1)]
 )
-def test_equal_blocks_share_a_class(family: str, classes: int, programs: dict[str, Program]) -> None:
-    blocks = program_of(family, programs).graph.segment_classes[1:-1]
+def test_equal_blocks_share_a_class(family: str, classes: int) -> None:
+    blocks = program_of(family).graph.segment_classes[1:-1]
     assert len(blocks) == 4
     assert len(set(blocks)) == classes
 
@@ -226,14 +211,14 @@ def test_blocks_that_differ_by_a_scalar_are_not_equal() -> None:
 
 
 @pytest.mark.parametrize("family", PROVED)
-def test_no_tensor_has_two_sequence_dims(family: str, programs: dict[str, Program]) -> None:
-    for op in program_of(family, programs).graph.ops():
+def test_no_tensor_has_two_sequence_dims(family: str) -> None:
+    for op in program_of(family).graph.ops():
         for tensor in op.outputs:
             assert sum("seq" in str(dim) for dim in tensor.shape) < 2, f"{op.name}: {tensor.shape}"
 
 
-def test_the_dag_is_a_dag_with_shapes_as_functions(programs: dict[str, Program]) -> None:
-    graph = program_of("llama", programs).graph
+def test_the_dag_is_a_dag_with_shapes_as_functions() -> None:
+    graph = program_of("llama").graph
     assert nx.is_directed_acyclic_graph(graph.dag)
     hidden = graph.boundaries[1][0]
     assert [evaluate(dim, batch=5, seq=7) for dim in hidden.shape] == [5, 7, 32]

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from autoparallel.capture.program import Program, capture
+from autoparallel.capture.program import capture
 from autoparallel.errors import ConfigError, PlanMismatchError
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.analysis import analyze
 from autoparallel.tensor_parallel.layout import Atom, Misfit, Sharding, cut, new, take_inner, unify
 from autoparallel.tensor_parallel.splits import SplitGraph, legal_splits, lower_split, split_names
 from tests.equality import check_strategies, parallel
-from tests.families import FAMILIES, UNSEEN, lifted, make_batch, make_model
+from tests.families import FAMILIES, UNSEEN, lifted, make_batch, make_model, program_of
 from tests.ranks import run_ranks
 from tests.strategies import all_splits
 
@@ -26,17 +26,6 @@ TOLERANCE = 1e-9
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in UNSEEN)]
 
 ALL_BUT_LLAMA = [family for family in (*FAMILIES, *UNSEEN) if family != "llama"]
-
-
-@pytest.fixture(scope="module")
-def programs() -> dict[str, Program]:
-    return {}
-
-
-def program_of(family: str, programs: dict[str, Program]) -> Program:
-    if family not in programs:
-        programs[family] = capture(make_model(family, dtype=torch.float32))
-    return programs[family]
 
 
 # --- layouts ---
@@ -85,16 +74,16 @@ def test_dims_that_do_not_fit_are_refused() -> None:
         ("phi3", {"mlp.down_proj.weight[1]", "self_attn.o_proj.weight[1].0", "self_attn.o_proj.weight[1].1"}),
     ],
 )
-def test_heads_groups_and_channels_are_found(family: str, splits: set[str], programs: dict[str, Program]) -> None:
-    assert set(split_names(analyze(program_of(family, programs).graph, 1))) == splits
+def test_heads_groups_and_channels_are_found(family: str, splits: set[str]) -> None:
+    assert set(split_names(analyze(program_of(family).graph, 1))) == splits
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_a_block_communicates_as_megatron_does(family: str, programs: dict[str, Program]) -> None:
+def test_a_block_communicates_as_megatron_does(family: str) -> None:
     """Two reductions forward and two backward where attention and MLP follow each other; reduce_scatter and all_gather
     instead under sequence parallelism. (Gemma 2 needs no more: its norms are on whole hidden states.)
     """
-    graph = program_of(family, programs).graph
+    graph = program_of(family).graph
     analysis = analyze(graph, 1)
     heads = next(s for s, _ in legal_splits(graph, 1, analysis, degree=2, sequence_parallel=False) if len(s) == 2)
     plain = lower_split(graph, 1, analysis, heads, degree=2, sequence_parallel=False)
@@ -124,11 +113,9 @@ def test_a_degree_that_divides_nothing_is_impossible_with_the_arithmetic() -> No
         (((), ("self_attn.k_proj.weight[0].0", "self_attn.o_proj.weight[1].1"), ()), "sharded twice"),
     ],
 )
-def test_splits_that_do_not_fit_are_refused(
-    splits: tuple[tuple[str, ...], ...], words: str, programs: dict[str, Program]
-) -> None:
+def test_splits_that_do_not_fit_are_refused(splits: tuple[tuple[str, ...], ...], words: str) -> None:
     with pytest.raises(PlanMismatchError, match=words):
-        SplitGraph(program_of("llama", programs).graph, 2, False, splits).lowered(1)
+        SplitGraph(program_of("llama").graph, 2, False, splits).lowered(1)
 
 
 # --- exactness ---
@@ -144,9 +131,9 @@ def prove(family: str, strategies: list[Strategy]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ALL_BUT_LLAMA)])
-def test_every_legal_split(family: str, sequence_parallel: bool, programs: dict[str, Program]) -> None:
+def test_every_legal_split(family: str, sequence_parallel: bool) -> None:
     """All splits of a block, on all gradients."""
-    splits = all_splits(program_of(family, programs), 2, sequence_parallel=sequence_parallel)
+    splits = all_splits(program_of(family), 2, sequence_parallel=sequence_parallel)
     prove(
         family,
         [
