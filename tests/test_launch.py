@@ -131,7 +131,7 @@ counts = [arguments.world_size, trainer.accelerator.num_processes]
 found = [*counts, arguments.should_save, trainer.is_world_process_zero()]
 everyone = [None, None]
 torch.distributed.all_gather_object(everyone, found)
-print(counted, *everyone)
+sys.stdout.write(f"{counted} {everyone[0]} {everyone[1]}\\n")  # at once: the ranks share the pipe
 """
 
 
@@ -174,7 +174,7 @@ groups = [dist.new_group([0, 1]) for _ in range(8)]
 works = [dist.all_reduce(torch.ones(2000), group=group, async_op=True) for group in groups for _ in range(8)]
 for work in works:
     work.wait()
-print(works[0].is_completed(), launch._leave in left, flush=True)
+sys.stdout.write(f"{works[0].is_completed()} {launch._leave in left}\\n")  # at once: the ranks share the pipe
 """
     write(tmp_path, body.replace("BEFORE", before))
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", cwd=tmp_path)
