@@ -136,8 +136,10 @@ def estimate(
     shards_most: bool = False,
     keeps_gathered: bool = True,
     tensor_overlap: bool = False,
+    accumulates_in_matmul: bool = False,
     dispatch_s: float | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
+    optimizer_workspace_bytes: int | None = None,
     gradient_dtype: str | None = None,
     master_dtype: str | None = None,
     table: CostTable | None = None,
@@ -148,8 +150,9 @@ def estimate(
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
     kernels of `attention`, `fused` element-wise ones, collectives of data (`overlap`, `gathers_...`) and tensor
     parallelism (`tensor_overlap`) beside compute, tensor parallelism that divides all it can (`shards_most`) or gathers
-    twice (not `keeps_gathered`), dtypes of gradients and masters, host time to launch a kernel (`dispatch_s`). `table`
-    stands in for the device's cost table.
+    twice (not `keeps_gathered`), matmuls that sum the gradients they make (`accumulates_in_matmul`), what the optimizer
+    needs for an element while it steps, dtypes of gradients and masters, host time to launch a kernel (`dispatch_s`).
+    `table` stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
 
@@ -187,6 +190,8 @@ def estimate(
             shards_most=shards_most,
             keeps_gathered=keeps_gathered,
             tensor_overlap=tensor_overlap,
+            accumulates_in_matmul=accumulates_in_matmul,
+            optimizer_workspace_bytes=optimizer_workspace_bytes,
             dispatch_s=dispatch_s,
         ),
         only=strategy,

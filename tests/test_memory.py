@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.cost.flavors import resolve_flavor
-from autoparallel.cost.memory import capacity_bytes, peaks, rank_memory
+from autoparallel.cost.memory import capacity_bytes, peaks, rank_memory, update_workspace_bytes
+from autoparallel.cost.practice import Practice
 from autoparallel.cost.tables import load_table
 from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.precision import Precision
@@ -35,7 +36,9 @@ def _cost(saved: int, selective: int, entering: int, workspace: int, deferred: i
     )
 
 
-def _workload(*, tied: int = 0, frozen: int = 0, precision: Precision = MIXED) -> Workload:
+def _workload(
+    *, tied: int = 0, frozen: int = 0, precision: Precision = MIXED, update_bytes: int | None = 0
+) -> Workload:
     """Embedding (1,000 parameters), four blocks (100 each), head (2,000)."""
     flavor = resolve_flavor("8xA100-SXM4-80GB")
     counts = [1000, *[100] * NUM_BLOCKS, 2000]
@@ -54,6 +57,7 @@ def _workload(*, tied: int = 0, frozen: int = 0, precision: Precision = MIXED) -
         parameters=tuple(ParameterCount(trainable=count, frozen=frozen) for count in counts),
         shared=shared,
         step_flops=1,
+        practice=Practice(optimizer_workspace_bytes=update_bytes),
     )
 
 
@@ -105,6 +109,24 @@ def test_sharding_levels_by_hand(level: int, parameters: int, gradients: int, op
     strategy = _one_stage(data_parallel=4, distribute_param=level, num_micro_batches=2)
     memory = rank_memory(_workload(), strategy, rank=0)
     assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (parameters, gradients, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("level", "parameters", "updated"),
+    [(0, 3400 * 6, 3400), (1, 850 * 4 + 3400 * 2, 850), (2, 850 * 4 + 3400 * 2, 850), (3, 850 * 4, 850)],
+)
+def test_the_optimizer_may_need_more_than_backward(level: int, parameters: int, updated: int) -> None:
+    """AdamW on a GPU makes the square roots of all second moments at once; on 80 bytes each, far more than backward."""
+    strategy = _one_stage(data_parallel=4, distribute_param=level, num_micro_batches=2)
+    assert rank_memory(_workload(update_bytes=80), strategy, rank=0) == {
+        "parameters": parameters,
+        "gradients": updated * 4,
+        "optimizer": updated * 8,
+        "activations": 0,
+        "workspace": updated * 80,
+        "reserve": 2**30,
+    }
+    assert update_workspace_bytes(_workload(update_bytes=None)) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from autoparallel.cost.memory import capacity_bytes, rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 from autoparallel.search.price import compile_candidate, cut_and_price
-from autoparallel.search.relax import Choice, Kind, Limits, Option, cheapest
+from autoparallel.search.relax import Choice, Kind, Limits, Option, Relaxation, cheapest
 from autoparallel.search.select import search, select_best_graph_from_candidates
 from autoparallel.space.candidates import enumerate_strategies
 from tests.workloads import GIB, gpus, segment, workload
@@ -157,3 +157,37 @@ def test_relaxing_takes_milliseconds() -> None:
     elapsed_s = time.process_time() - begin
     assert sum(isinstance(p.recomputation, tuple) for c in found for p in c.strategy.stages or ()) > len(free)
     assert elapsed_s / len(free) < 0.05
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_what_is_gathered_and_reduced_beside_a_block_counts(level: int) -> None:
+    """Every memory from what full recomputation needs to more than none needs, against every mix of levels."""
+    saved = segment(forward_s=1e-3, saved_bytes=900_000, saved_selective_bytes=300_000, workspace_bytes=10_000)
+    costs = (segment(forward_s=1e-4, saved_bytes=0), saved, segment(forward_s=1e-4, workspace_bytes=400_000))
+    parameters = (50_000, 150_000, 100_000, 120_000, 90_000)
+    strategy = Strategy(data_parallel=2, num_micro_batches=2, recomputation="full", distribute_param=level)
+    mixed = strategy.model_copy(update={"least_recomputation": "none"})
+
+    def of(memory_bytes: int) -> Workload:
+        flavor = gpus(2, memory_bytes=memory_bytes)
+        return workload(flavor, costs=costs, parameters=parameters, num_blocks=3, batch_size=4, memory_ratio=1.0)
+
+    def needed(drawn: Workload, plan: StagePlan) -> int:
+        return sum(rank_memory(drawn, strategy.model_copy(update={"stages": (plan,)}), rank=0).values())
+
+    mixes = [
+        StagePlan(first_segment=0, last_segment=4, recomputation=levels)
+        for levels in product(("full", "selective", "none"), repeat=3)
+    ]
+
+    def recomputed_s(plan: StagePlan) -> float:
+        return sum(saved.recompute_s(plan.recomputation_of(block, num_segments=5)) for block in (1, 2, 3))
+
+    sizes = {mix: needed(of(80 * GIB), mix) for mix in mixes}
+    for memory_bytes in range(min(sizes.values()), max(sizes.values()) + 50_000, 20_011):
+        drawn = of(memory_bytes)
+        whole = StagePlan(first_segment=0, last_segment=4, recomputation="full")
+        (found,) = Relaxation(drawn, mixed).stages((whole,))
+        assert needed(drawn, found) <= max(memory_bytes, needed(drawn, whole))
+        best_s = min(recomputed_s(mix) for mix in mixes if sizes[mix] <= memory_bytes)
+        assert recomputed_s(found) == pytest.approx(best_s)

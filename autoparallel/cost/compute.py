@@ -6,9 +6,9 @@ it.
     memory      bytes / (memory bandwidth × efficiency, which may depend on the bytes) + exponentials / their rate
     each        + launch overhead
 
-A matmul is cut into tiles, of which each unit of the device computes one at a time: the last wave takes as long as a
-full one, and a tile takes some depth to begin and to end (NVIDIA, Matrix Multiplication Background). Kernels of a phase
-run one after the other; where a host launches them ahead, a phase takes at least as long as launching them.
+A matmul is cut into tiles, of which each unit of the device computes one at a time: units are idle in the last wave,
+and a tile takes some depth to begin and to end (NVIDIA, Matrix Multiplication Background). Kernels of a phase run one
+after the other; where a host launches them ahead, a phase takes at least as long as launching them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,16 @@ TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 tensor core kernels that NVIDIA's guide lists; a library takes the one that ends first."""
 ALIGNMENT_BYTES = 16
 """Rows of operands that are no multiple of it are read in pieces."""
-FIRST_FLASH = 0.7
-"""Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.7 on an A100)."""
+FIRST_FLASH = 0.55
+"""Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.6, arXiv 2307.08691,
+section 4.1)."""
 UNALIGNED = 0.6
 """Share of the rate that is left then (assumed; NVIDIA's guide names the requirement, not its price)."""
+UNALIGNED_PRODUCTS = 0.07
+"""The same of batched products: BLOOM-176B's tuning log, whose heads of 108 elements cost 38 to 40 % of a step more than
+heads of 144."""
+COLLECTIVE_LAUNCHES = 2
+"""Kernels that take the host as long to launch as one collective (assumed)."""
 
 
 def peak_figure(table: CostTable, dtype: str) -> tuple[str, float]:
@@ -105,9 +111,12 @@ class Device:
             busy_s = kernel.flops / rate + special_s
         return max(moved_s, busy_s) + self.launch_s
 
-    def kernels_s(self, kernels: Sequence[Kernel]) -> float:
-        """Time of kernels that run one after the other."""
-        return max(sum(map(self.kernel_s, kernels)), len(kernels) * self.dispatch_s)
+    def kernels_s(self, kernels: Sequence[Kernel], *, collectives: int = 0, waits_s: float = 0.0) -> float:
+        """Time of kernels that run one after the other, that of `collectives` among them, `waits_s`, left out: meanwhile
+        the host goes on.
+        """
+        launches = len(kernels) + COLLECTIVE_LAUNCHES * collectives
+        return max(sum(map(self.kernel_s, kernels)), launches * self.dispatch_s - waits_s)
 
     def optimizer_s(self, *, parameters: int, bytes_per_parameter: int) -> float:
         """Time of one optimizer step, memory-bound: `bytes_per_parameter` are all bytes it reads and writes for an
@@ -132,8 +141,17 @@ class Device:
         if not self.units:
             return flops / rate
         areas = [
-            ceil(count * ceil(rows / m) * ceil(columns / n) / self.units) * self.units * m * n / share
+            _waves(count * ceil(rows / m) * ceil(columns / n) / self.units) * self.units * m * n / share
             for m, n, share in TILES
         ]
         aligned = all(size * 2 % ALIGNMENT_BYTES == 0 for size in (columns, depth))
-        return 2.0 * min(areas) * (depth + self.fill) / (rate if aligned else rate * UNALIGNED)
+        share = 1.0 if aligned else UNALIGNED if count == 1 else UNALIGNED_PRODUCTS
+        return 2.0 * min(areas) * (depth + self.fill) / (rate * share)
+
+
+def _waves(tiles_per_unit: float) -> float:
+    """Time of so many tiles for each unit, over that of one. Whoever is busy in the last of several waves has more of
+    the memory and of the clock: half of what is idle is lost (assumed).
+    """
+    whole = ceil(tiles_per_unit)
+    return (whole + tiles_per_unit) / 2 if whole > 1 else whole

@@ -11,9 +11,11 @@ trainable and `F` frozen elements on the rank, `d` = shard_ways, and `x/d` the l
 
 Level 1 sums whole gradients and reduces them at the end, when activations are gone and each shard takes the place of
 its whole; with one micro-batch it reduces as level 2 does. What is gathered and reduced changes from segment to segment
-(`_moments`): the peak is the largest moment.
+(`moments`): the peak is the largest moment.
 
-Parts and who computes them: optimizer (`_optimizer_bytes`), parameters, gradients and workspace (`_moments`),
+The optimizer's own moment has no activations, and needs workspace for each element that it updates.
+
+Parts and who computes them: optimizer (`_optimizer_bytes`), parameters, gradients and workspace (`moments`),
 activations (`_activation_bytes`), reserve (the cost table).
 """
 
@@ -36,13 +38,44 @@ def capacity_bytes(workload: Workload) -> int:
 
 def rank_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
     """Bytes per device at the peak of a training step, by part; the strategy's `stages` must be filled."""
-    moment = max(_moments(workload, strategy, strategy.stages_of(rank)), key=sum)
+    moments = (backward_memory(workload, strategy, rank=rank), _update_memory(workload, strategy, rank=rank))
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def backward_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
+    """The same, of the largest moment of forward and backward."""
+    moment = max(moments(workload, strategy, strategy.stages_of(rank)), key=lambda moment: moment.total)
     return {
         "parameters": moment.parameters,
         "gradients": moment.gradients,
         "optimizer": _optimizer_bytes(workload, strategy, strategy.stages_of(rank)),
         "activations": _activation_bytes(workload, strategy, rank),
         "workspace": moment.workspace,
+        "reserve": int(workload.table.reserve_bytes.value),
+    }
+
+
+def update_workspace_bytes(workload: Workload) -> int:
+    """Of each element that the optimizer updates."""
+    given, precision = workload.practice.optimizer_workspace_bytes, workload.precision
+    if given is not None:
+        return given
+    return 0 if workload.flavor.is_cpu or precision.optimizer_state_bytes == 0 else precision.master_bytes
+
+
+def _update_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
+    """The same, while the optimizer steps."""
+    counts, precision = segment_parameters(workload, *strategy.stages_of(rank)), workload.precision
+    total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
+    ways = strategy.shard_ways if strategy.distribute_param else 1
+    copied = strategy.distribute_param < 3 if ways > 1 else precision.separate_compute_copy
+    mine = _shard(trainable, ways)
+    return {
+        "parameters": _shard(total, ways) * precision.master_bytes + copied * total * precision.compute_bytes,
+        "gradients": mine * precision.gradient_bytes,
+        "optimizer": mine * precision.optimizer_state_bytes,
+        "activations": 0,
+        "workspace": mine * update_workspace_bytes(workload),
         "reserve": int(workload.table.reserve_bytes.value),
     }
 
@@ -84,38 +117,46 @@ def _optimizer_bytes(workload: Workload, strategy: Strategy, plans: Sequence[Sta
     return _shard(trainable, ways) * workload.precision.optimizer_state_bytes
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
     """Bytes by part at one time."""
 
     parameters: int
     gradients: int
     workspace: int
+    segment: int | None = None
+    """Whose backward needs the workspace; None where there is none."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.workspace
 
 
-def _moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> list[_Moment]:
-    """The largest of each stage."""
+def moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> list[Moment]:
+    """All that may be the largest of a rank's stages, beside the states of the optimizer and activations."""
     counts, precision = segment_parameters(workload, *plans), workload.precision
     total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
     ways, level = strategy.shard_ways, strategy.distribute_param
-    transients = [_transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)]
+    transients = {
+        segment: _transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)
+    }
     gradients = trainable * precision.gradient_bytes
     if ways == 1 or level == 0:
         copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-        return [_Moment(total * copies, gradients, max(transients))]
-    masters = _shard(total, ways) * precision.master_bytes
-    gathered = 0 if level == 3 else total * precision.compute_bytes
+        return [Moment(total * copies, gradients, size_bytes, segment) for segment, size_bytes in transients.items()]
+    parameters = _shard(total, ways) * precision.master_bytes + (0 if level == 3 else total * precision.compute_bytes)
     if level == 1 and strategy.num_micro_batches > 1:
-        return [_Moment(masters + gathered, gradients, max(transients))]
-    shards = _Moment(masters + gathered, _shard(trainable, ways) * precision.gradient_bytes, 0)
-    moments, start = [], 0
+        return [Moment(parameters, gradients, size_bytes, segment) for segment, size_bytes in transients.items()]
+    shards = _shard(trainable, ways) * precision.gradient_bytes
+    found, start = [], 0
     for plan in plans:
-        stop = start + len(_segments(plan))
-        stage = _Sharded(precision, counts[start:stop], transients[start:stop], gives_back=level == 3)
-        again = strategy.num_micro_batches > 1
-        gathered_bytes, reduced_bytes, workspace = max(stage.moments(again=again), key=sum)
-        moments.append(_Moment(shards.parameters + gathered_bytes, shards.gradients + reduced_bytes, workspace))
-        start = stop
-    return moments
+        segments = _segments(plan)
+        stage = _Sharded(precision, counts[start : start + len(segments)], gives_back=level == 3)
+        for gathered, reduced, index in stage.moments(again=strategy.num_micro_batches > 1):
+            segment = None if index is None else segments[index]
+            workspace = 0 if segment is None else transients[segment]
+            found.append(Moment(parameters + gathered, shards + reduced, workspace, segment))
+        start += len(segments)
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,12 +167,11 @@ class _Sharded:
 
     precision: Precision
     counts: list[ParameterCount]
-    transients: list[int]
     gives_back: bool
 
-    def moments(self, *, again: bool) -> Iterator[tuple[int, int, int]]:
-        """Bytes gathered, reduced and worked with, beside the shards; `again` where another micro-batch's last
-        reduction, that of the first segment, went before.
+    def moments(self, *, again: bool) -> Iterator[tuple[int, int, int | None]]:
+        """Bytes gathered and reduced, beside the shards, and the place of the segment whose backward runs meanwhile;
+        `again` where another micro-batch's last reduction, that of the first segment, went before.
         """
         gather = self.precision.compute_bytes if self.gives_back else 0
         reduce = self.precision.gradient_bytes
@@ -140,11 +180,11 @@ class _Sharded:
         later = [*(count.trainable for count in self.counts[1:]), before]
         for s, count in enumerate(self.counts):
             ahead = totals[s - 1] if s else 0
-            yield gather * (totals[s] + ahead), reduce * later[s], self.transients[s]
+            yield gather * (totals[s] + ahead), reduce * later[s], s
             # The segment is done: its gradients, and the buffer that they are copied into.
-            yield gather * ahead, reduce * 2 * count.trainable, 0
+            yield gather * ahead, reduce * 2 * count.trainable, None
             # Gathered into one buffer, copied from there into each parameter's own.
-            yield gather * 2 * totals[s], reduce * before, 0
+            yield gather * 2 * totals[s], reduce * before, None
 
 
 def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment: int) -> int:

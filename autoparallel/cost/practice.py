@@ -21,6 +21,8 @@ class Practice(Schema):
     attention: Attention = "flash"
     fused: bool = False
     """Whether element-wise ops and norms between two contractions are one kernel."""
+    accumulates_in_matmul: bool = False
+    """Whether the matmul that makes a weight's gradient adds it to those of the micro-batches before."""
     matmul_dtype: str | None = None
     """Of the operands of matmuls, where it is not the compute dtype (fp8)."""
     overlap: bool = True
@@ -37,6 +39,10 @@ class Practice(Schema):
     """
     tensor_overlap: bool = False
     """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
+    optimizer_workspace_bytes: int | None = Field(default=None, ge=0)
+    """Of each trained element of a rank, while the optimizer steps; None for PyTorch's AdamW, which makes the square
+    roots of all second moments at once on a GPU (`foreach`), and one tensor's on a CPU.
+    """
     dispatch_s: float | None = Field(default=None, ge=0)
     """Host time to launch a kernel, where it is not the device table's."""
 

@@ -12,11 +12,11 @@ from functools import cached_property, lru_cache
 
 from autoparallel.cost.collectives import Topology
 from autoparallel.cost.compute import Device
-from autoparallel.cost.kernels import Size
+from autoparallel.cost.kernels import Kernel, Size
 from autoparallel.cost.practice import OURS, Practice
 from autoparallel.cost.splitting import local_parameters, variants
 from autoparallel.cost.tables import CostTable
-from autoparallel.cost.work import Call, work_of
+from autoparallel.cost.work import Call, Work, work_of
 from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import Graph
@@ -129,26 +129,38 @@ class Pricing:
         device, size = self.device, Size(rows, self.seq_len, self.context_parallel)
         work = work_of(self.graph, lowered, size, self.practice)
         comm = [(call, *self._collective_s(call, lowered.sharding.degree)) for call in work.collectives]
-        # A micro-batch adds its gradients to the ones before it: two reads and a write.
-        weight_s = device.kernels_s(work.weight)
-        weight_s += device.stream_s(3 * work.gradient_elements * self.precision.gradient_bytes)
+        weight_s = self._weight_gradients_s(work)
         shown = SHOWN_BESIDE_MATMULS if self.practice.tensor_overlap else 1.0
+        forward_comm_s = shown * sum(forward_s for _, forward_s, _ in comm)
+        backward_comm_s = shown * sum(backward_s for _, _, backward_s in comm)
         replayed_comm_s = shown * sum(forward_s for call, forward_s, _ in comm if call.is_replayed)
+        forward, backward, replay = work.num_collectives
         return SegmentCost(
-            forward_s=device.kernels_s(work.forward),
-            backward_s=device.kernels_s(work.backward) + weight_s,
+            forward_s=device.kernels_s(work.forward, collectives=forward, waits_s=forward_comm_s),
+            backward_s=device.kernels_s(work.backward, collectives=backward, waits_s=backward_comm_s) + weight_s,
             weight_gradient_s=weight_s,
             recompute_selective_s=device.kernels_s(work.selective),
-            recompute_full_s=device.kernels_s(work.replay) + replayed_comm_s,
+            recompute_full_s=device.kernels_s(work.replay, collectives=replay, waits_s=replayed_comm_s)
+            + replayed_comm_s,
             saved_bytes=work.saved_bytes,
             saved_selective_bytes=work.saved_selective_bytes,
             deferred_bytes=work.deferred_bytes,
             input_bytes=work.input_bytes,
             workspace_bytes=work.workspace_bytes,
-            forward_comm_s=shown * sum(forward_s for _, forward_s, _ in comm),
-            backward_comm_s=shown * sum(backward_s for _, _, backward_s in comm),
+            forward_comm_s=forward_comm_s,
+            backward_comm_s=backward_comm_s,
             replicated_s=device.kernels_s(work.replicated),
         )
+
+    def _weight_gradients_s(self, work: Work) -> float:
+        """A micro-batch adds its gradients to the ones before it: two reads and a write of each, or what the matmuls
+        that make them read and write more.
+        """
+        kernels, left = work.weight, work.gradient_elements
+        if self.practice.accumulates_in_matmul:
+            left -= sum(k.products * k.rows * k.columns for k in kernels if k.kind == "matmul")
+            kernels = tuple(_accumulating(k, self.precision) if k.kind == "matmul" else k for k in kernels)
+        return self.device.kernels_s(kernels) + self.device.stream_s(3 * left * self.precision.gradient_bytes)
 
     def _collective_s(self, call: Call, degree: int) -> tuple[float, float]:
         """Forward and backward."""
@@ -173,3 +185,10 @@ class Pricing:
         lap_s = self.topology.all_gather_s(size_bytes, group_size=self.context_parallel, stride=degree)
         forward_s, backward_s = (self.device.kernels_s(phase) for phase in call.attention)
         return max(0.0, lap_s - forward_s), max(0.0, 2 * lap_s - backward_s)
+
+
+def _accumulating(matmul: Kernel, precision: Precision) -> Kernel:
+    """It reads the sum so far and writes it, instead of its product."""
+    written = matmul.products * matmul.rows * matmul.columns
+    more = written * (2 * precision.gradient_bytes - precision.compute_bytes)
+    return matmul._replace(moved_bytes=matmul.moved_bytes + more)

@@ -59,6 +59,14 @@ class Work:
     input_bytes: int
     workspace_bytes: int
 
+    @property
+    def num_collectives(self) -> tuple[int, int, int]:
+        """Of tensor parallelism: forward, backward, and in what full recomputation runs again."""
+        calls = [(call, len(call.sizes)) for call in self.collectives if not call.attention]
+        forward = sum(count for call, count in calls if call.forward)
+        backward = sum(count for call, count in calls if call.backward)
+        return forward, backward, sum(count for call, count in calls if call.forward and call.is_replayed)
+
 
 @lru_cache(maxsize=1 << 14)
 def work_of(graph: Graph, lowered: LoweredSegment, size: Size, practice: Practice) -> Work:

@@ -79,6 +79,8 @@ class Operands(NamedTuple):
 DEFERRABLE = {
     "aten.linear.default": Operands(value=0, weight=1, bias=2, weight_is_in_out=False),
     "aten.addmm.default": Operands(value=1, weight=2, bias=0, weight_is_in_out=True),
+    # addmm over a tensor-parallel group: its bias is added to the sum.
+    "aten.mm.default": Operands(value=0, weight=1, bias=2, weight_is_in_out=True),
 }
 
 

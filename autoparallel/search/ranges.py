@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import peaks
+from autoparallel.cost.memory import peaks, update_workspace_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Recomputation, Strategy
 from autoparallel.search.stage_times import Overheads, windows, with_head
@@ -134,7 +134,8 @@ class Ranges:
         forwarded_bytes = self._kept_bytes + leaving
         held = {(moment.forwarded[virtual], moment.half_done[virtual]) for moment in peaks(self.strategy)[rank]}
         peak: Array = np.maximum.reduce([f * forwarded_bytes + h * self._deferred_bytes for f, h in sorted(held)])
-        return self._fixed_bytes + peak + entering + leaving
+        peak = np.maximum(self._fixed_bytes + peak + entering + leaving, self._update_bytes)
+        return peak
 
     @cached_property
     def _input_bytes(self) -> Array:
@@ -169,6 +170,17 @@ class Ranges:
         if level == 1 and self.strategy.num_micro_batches > 1:
             return sharded + whole + trainable * precision.gradient_bytes + _running_max(transient) + reserve
         return sharded + whole + -(-trainable // ways) * precision.gradient_bytes + self._moments(transient) + reserve
+
+    @cached_property
+    def _update_bytes(self) -> Array:
+        """While the optimizer steps."""
+        precision, strategy = self.workload.precision, self.strategy
+        ways = strategy.shard_ways if strategy.distribute_param else 1
+        trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
+        copied = strategy.distribute_param < 3 if ways > 1 else precision.separate_compute_copy
+        each = precision.gradient_bytes + precision.optimizer_state_bytes + update_workspace_bytes(self.workload)
+        states = -(-total // ways) * precision.master_bytes + -(-trainable // ways) * each
+        return states + copied * total * precision.compute_bytes + int(self.workload.table.reserve_bytes.value)
 
     def _moments(self, transient: Array) -> Array:
         """The largest of what a stage gathers, reduces and works with at one time, beside its shards."""

@@ -2,16 +2,18 @@
 
 With `f` micro-batches in flight, a block at level `l` holds `f · kept(l)` bytes, and its rank one transient, the
 largest of its segments' `transient(l)`; both must fit at every moment that may be the rank's peak. Blocks of equal cost
-are interchangeable, so it is enough to choose how many of each kind have which level. Every bound on the transient is
-tried; under it all counts of a kind are listed, those stay than which nothing smaller is as fast, and kinds are
-combined one after the other. This is exact for stages with one kind of block, and with several as long as no list
-outgrows `MAX_CHOICES`; longer lists are thinned evenly, which always fits and may miss the optimum by a step of the
-list. A rank with several stages relaxes one after the other.
+are interchangeable (those at the ends of a stage, whose neighbours are gathered or reduced beside them, may differ), so
+it is enough to choose how many of each kind have which level. Every bound on the transient is tried; under it all
+counts of a kind are listed, those stay than which nothing smaller is as fast, and kinds are combined one after the
+other. This is exact for stages with one kind of block, and with several as long as no list outgrows `MAX_CHOICES`;
+longer lists are thinned evenly, which always fits and may miss the optimum by a step of the list. A rank with several
+stages relaxes one after the other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, reduce
 from typing import NamedTuple
@@ -19,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import capacity_bytes, in_flight_bytes, rank_memory
-from autoparallel.cost.workload import SegmentCost, Workload
+from autoparallel.cost.memory import backward_memory, capacity_bytes, in_flight_bytes, moments
+from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Recomputation, StagePlan, Strategy
 from autoparallel.search.ranges import PICO
 
@@ -34,6 +36,7 @@ class Option(NamedTuple):
     level: Recomputation
     kept_bytes: int
     transient_bytes: int
+    """While its backward runs, beyond the least that its rank holds: rebuilt, worked with, gathered and reduced."""
     recompute_ps: int
 
 
@@ -80,6 +83,7 @@ class Relaxation:
     workload: Workload
     strategy: Strategy
     _found: dict[tuple[int, tuple[StagePlan, ...]], tuple[StagePlan, ...]] = field(default_factory=dict)
+    _kinds: dict[tuple[int, int], Kind] = field(default_factory=dict)
 
     def stages(self, plans: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
         """`plans` are at the strategy's level; a rank that does not fit stays there."""
@@ -96,38 +100,25 @@ class Relaxation:
             for virtual in range(len(mine)):
                 stages = list(cut.stages or ())
                 index = virtual * cut.num_stages + rank
-                stages[index] = self._relaxed(stages[index], self._limits(cut, rank, virtual))
+                stages[index] = self._relaxed(cut, rank, virtual)
                 cut = cut.model_copy(update={"stages": tuple(stages)})
             self._found[rank, mine] = cut.stages_of(rank)
         return self._found[rank, mine]
 
-    def _limits(self, cut: Strategy, rank: int, virtual: int) -> Limits:
-        memory, moments = rank_memory(self.workload, cut, rank=rank), in_flight_bytes(self.workload, cut, rank)
-        peak = max(size_bytes for _, size_bytes in moments)
-        others = sum(memory.values()) - memory["workspace"] - peak
-        available_bytes = capacity_bytes(self.workload) - others
-        plan, num_segments = cut.stages_of(rank)[virtual], len(self.workload.segment_classes)
-        blocks = plan.blocks(num_segments)
-        kept_bytes = sum(self._kinds[block][0].kept_bytes for block in blocks)
-        rest = [s for p in cut.stages_of(rank) for s in range(p.first_segment, p.last_segment + 1) if s not in blocks]
-        return Limits(
-            moments=tuple(
-                (moment.forwarded[virtual], available_bytes - size_bytes + moment.forwarded[virtual] * kept_bytes)
-                for moment, size_bytes in moments
-                if moment.forwarded[virtual]
-            ),
-            ends_bytes=max((self._transient_bytes(cut, segment) for segment in rest), default=0),
-        )
-
-    def _transient_bytes(self, cut: Strategy, segment: int) -> int:
-        """Of a segment at the level that it has by now."""
-        plan = next(p for p in cut.stages or () if p.first_segment <= segment <= p.last_segment)
-        level = plan.recomputation_of(segment, num_segments=len(self.workload.segment_classes))
-        return next(option.transient_bytes for option in self._kinds[segment] if option.level == level)
-
-    def _relaxed(self, plan: StagePlan, limits: Limits) -> StagePlan:
-        kinds = [self._kinds[block] for block in plan.blocks(len(self.workload.segment_classes))]
+    def _relaxed(self, cut: Strategy, rank: int, virtual: int) -> StagePlan:
+        """One stage of a rank, whose others stay as they are."""
+        plans = cut.stages_of(rank)
+        plan, needs = plans[virtual], moments(self.workload, cut, plans)
+        blocks = plan.blocks(len(self.workload.segment_classes))
+        least = min(need.parameters + need.gradients for need in needs)
+        beside = {need.segment: need.parameters + need.gradients - least for need in needs}
+        kinds = [self._kind(block, beside[block]) for block in blocks]
         counted = Counter(kinds)
+        rest = [need for need in needs if need.segment not in blocks]
+        limits = Limits(
+            moments=tuple(self._limits(cut, rank, virtual, least)),
+            ends_bytes=max((need.total - least for need in rest), default=0),
+        )
         choice = cheapest(tuple(counted.items()), limits) if kinds else None
         if choice is None:
             return plan
@@ -139,25 +130,42 @@ class Relaxation:
             recomputation=tuple(next(remaining[kind]) for kind in kinds),
         )
 
+    def _limits(self, cut: Strategy, rank: int, virtual: int, least: int) -> Iterator[tuple[int, int]]:
+        """At each moment, the micro-batches that the stage has in flight, and what its blocks may keep for them and for
+        what the rank needs beyond its `least` parameters and gradients.
+        """
+        memory, held = backward_memory(self.workload, cut, rank=rank), in_flight_bytes(self.workload, cut, rank)
+        changing = memory["parameters"] + memory["gradients"] + memory["workspace"] - least
+        others = sum(memory.values()) - changing - max(size_bytes for _, size_bytes in held)
+        available_bytes = capacity_bytes(self.workload) - others
+        blocks = cut.stages_of(rank)[virtual].blocks(len(self.workload.segment_classes))
+        kept_bytes = sum(self._kind(block, 0)[0].kept_bytes for block in blocks)
+        for moment, size_bytes in held:
+            in_flight = moment.forwarded[virtual]
+            if in_flight:
+                yield in_flight, available_bytes - size_bytes + in_flight * kept_bytes
+
+    def _kind(self, segment: int, beside_bytes: int) -> Kind:
+        """The levels of a block beside whose backward the rank holds so many bytes."""
+        if (segment, beside_bytes) not in self._kinds:
+            cost = self.workload.cost(segment, self.strategy.batch_per_device)
+            self._kinds[segment, beside_bytes] = tuple(
+                Option(
+                    level,
+                    cost.kept_bytes(level),
+                    beside_bytes + cost.transient_bytes(level),
+                    round(cost.recompute_s(level) / PICO),
+                )
+                for level in self._levels
+            )
+        return self._kinds[segment, beside_bytes]
+
     @cached_property
-    def _kinds(self) -> list[Kind]:
-        """By segment; the first and the last one are never recomputed."""
+    def _levels(self) -> tuple[Recomputation, ...]:
         highest, least = self.strategy.recomputation, self.strategy.least_recomputation or self.strategy.recomputation
         allowed = range(RECOMPUTATION_LEVELS[highest], RECOMPUTATION_LEVELS[least] - 1, -1)
         levels = {rank: level for level, rank in RECOMPUTATION_LEVELS.items()}
-        size, num_segments = self.strategy.batch_per_device, len(self.workload.segment_classes)
-        of_block: tuple[Recomputation, ...] = tuple(levels[rank] for rank in allowed)
-        return [
-            _kind(self.workload.cost(segment, size), of_block if 0 < segment < num_segments - 1 else ("none",))
-            for segment in range(num_segments)
-        ]
-
-
-def _kind(cost: SegmentCost, levels: tuple[Recomputation, ...]) -> Kind:
-    return tuple(
-        Option(level, cost.kept_bytes(level), cost.transient_bytes(level), round(cost.recompute_s(level) / PICO))
-        for level in levels
-    )
+        return tuple(levels[rank] for rank in allowed)
 
 
 def cheapest(kinds: tuple[tuple[Kind, int], ...], limits: Limits) -> Choice | None:

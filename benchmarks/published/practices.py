@@ -29,6 +29,8 @@ class Practice:
     """One collective for each sharded tensor."""
     keeps_gathered: bool = True
     """What sequence parallelism gathers ahead of a matmul stays for its backward; Megatron-LM gathers it again."""
+    accumulates_in_matmul: bool = False
+    """Megatron-LM's gradient_accumulation_fusion, its default since 2022."""
     tensor_overlap: bool = False
     """Collectives of tensor parallelism run beside the matmuls next to them."""
     dispatch_s: float | None = None
@@ -38,8 +40,12 @@ class Practice:
     """With tensor parallelism."""
     gradient_dtype: str | None = None
     """In which gradients are summed; None is fp32, as ours are."""
+    sums_half: bool = False
+    """Where training is in fp16, gradients are summed in it."""
     master_dtype: str = "float32"
     optimizer: str = "adamw"
+    optimizer_workspace_bytes: int | None = 0
+    """Of each element, while it steps; merged optimizers need none, None is PyTorch's."""
     dropout: float = 0.0
     fills_stages: bool = False
     """Layers that do not divide over the stages fill all but the last; otherwise they are spread."""
@@ -55,6 +61,7 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="float32",
+        accumulates_in_matmul=True,
         keeps_gathered=False,
     ),
     Practice(
@@ -63,6 +70,7 @@ PRACTICES: tuple[Practice, ...] = (
         overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
+        accumulates_in_matmul=True,
         keeps_gathered=False,
     ),
     Practice(
@@ -72,7 +80,8 @@ PRACTICES: tuple[Practice, ...] = (
         "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
         overlaps_from=3,
         gathers_each_parameter=True,
-        dispatch_s=54e-6,
+        sums_half=True,
+        dispatch_s=65e-6,
         attention="unfused",
         dropout=0.1,
         fills_stages=True,
@@ -94,6 +103,7 @@ PRACTICES: tuple[Practice, ...] = (
         sequence_parallel=True,
         gradient_dtype="bfloat16",
         dropout=0.1,
+        accumulates_in_matmul=True,
         keeps_gathered=False,
     ),
     Practice(
@@ -106,12 +116,15 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=1,
         sequence_parallel=True,
         gradient_dtype="bfloat16",
+        accumulates_in_matmul=True,
         keeps_gathered=False,
     ),
     Practice(
         ("megatron",),
         "Narayanan et al., arXiv 2104.04473, section 4: merged kernels of bias, GeLU, dropout and softmax; gradients "
-        "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1",
+        "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1, and accumulate_allreduce_grads_in_fp32 "
+        "for bf16 alone",
+        sums_half=True,
         overlaps_from=NEVER,
         attention="unfused",
         dropout=0.1,
@@ -129,9 +142,11 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("internlm", "internevo"),
-        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; gradients in the compute dtype; "
-        "flash-attn 1 among its requirements",
+        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; flash-attn 1 among its requirements; "
+        "hybrid_zero_optim.py: gradients of a rank flattened and copied to fp32, AdamW tensor by tensor, all of a rank "
+        "one tensor, with two more of its size",
         flash="flash-1",
+        optimizer_workspace_bytes=12,
         gathers_ahead=False,
         gathers_each_parameter=True,
         distribute_param=1,
@@ -165,12 +180,14 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("fsdp",),
         "PyTorch's FSDP tutorial: mixed precision in bf16 throughout, prefetched gathers",
+        optimizer_workspace_bytes=None,
         fused=False,
         distribute_param=3,
     ),
     Practice(
         ("zero", "accelerate", "transformers", "axolotl", "llama-factory", "hugging"),
         "DeepSpeed ZeRO with its `overlap_comm` as Hugging Face's guides set it; eager kernels",
+        optimizer_workspace_bytes=None,
         fused=False,
         distribute_param=2,
     ),
@@ -178,6 +195,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("",),
         "any other framework: eager kernels, flash attention, gradients reduced beside backward as "
         "DistributedDataParallel does",
+        optimizer_workspace_bytes=None,
         fused=False,
         gradient_dtype="float32",
     ),

@@ -38,8 +38,10 @@ class Options:
     shards_most: bool
     keeps_gathered: bool
     tensor_overlap: bool
+    accumulates_in_matmul: bool
     dispatch_s: float | None
     optimizer: str
+    optimizer_workspace_bytes: int | None
     gradient_dtype: str | None
     master_dtype: str | None
 
@@ -115,7 +117,7 @@ def _sharded(
     level = _distribute_param(run)
     if run.zero is None and layout.data > 1:
         assumptions.append(f"zero is not stated: {level}")
-    gradient_bytes = 2 if options.gradient_dtype == "bfloat16" else 4
+    gradient_bytes = 2 if options.gradient_dtype in ("bfloat16", "float16") else 4
     held_bytes = structure.num_parameters / (layout.tensor * layout.pipeline) * (2 + gradient_bytes)
     if level < 3 and layout.data > 1 and held_bytes > flavor.memory_bytes and not run.out_of_memory:
         assumptions.append(f"{held_bytes / 2**30:.0f} GiB of parameters and gradients do not fit: zero 3")
@@ -199,8 +201,9 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         assumptions.append(f"attention_kernel is not stated: {practice.attention}")
     unfused = any(word in kernel for word in ("unfused", "no flash", "eager", "math", "naive"))
     merged = re.search(r"\b(merged|fused)\b", f"{run.said} {kernel}") is not None
+    dtype = _dtype(run.precision, assumptions)
     return Options(
-        dtype=_dtype(run.precision, assumptions),
+        dtype=dtype,
         attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
         fused=practice.fused or merged if run.compile is None else run.compile,
         overlap=_distribute_param(run) >= practice.overlaps_from,
@@ -209,9 +212,11 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         shards_most=True,  # nobody publishes a layout that leaves a matrix whole
         keeps_gathered=practice.keeps_gathered,
         tensor_overlap=practice.tensor_overlap,
+        accumulates_in_matmul=practice.accumulates_in_matmul,
         dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
-        gradient_dtype=_gradient_dtype(run, practice),
+        optimizer_workspace_bytes=practice.optimizer_workspace_bytes,
+        gradient_dtype=_gradient_dtype(run, practice, dtype),
         master_dtype=practice.master_dtype,
     )
 
@@ -225,12 +230,14 @@ def _flash(kernel: str, practice: Practice) -> Attention:
     return practice.flash
 
 
-def _gradient_dtype(run: Run, practice: Practice) -> str | None:
+def _gradient_dtype(run: Run, practice: Practice, dtype: str) -> str | None:
     """As the row says, or as the framework does. Composer's FSDP calls all-bf16 PURE."""
     if re.search(r"\bpure\b", run.said):
         return "bfloat16"
     if re.search(r"gradients? (\w+ )?in fp32|fp32 gradients?", run.said):
         return "float32"
+    if practice.sums_half and dtype == "float16":
+        return dtype
     return practice.gradient_dtype
 
 
