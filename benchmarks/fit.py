@@ -42,6 +42,7 @@ HUBER = 0.1
 """Residuals beyond it count linearly."""
 NOISE = 0.08
 """Of a row, as a share of its time: rows that are identical in every field differ by about as much."""
+FILL_DEPTH = 64.0
 STEP = 0.03
 """Of a logarithm, for derivatives."""
 ROUNDS = 4
@@ -66,13 +67,20 @@ def _share(path: str, prior: float, spread: float, meaning: str) -> Value:
     return Value(path, prior, spread, 0.05, 1.0, meaning)
 
 
-def _values(*, matmul: float, low: float | None, attention: tuple[str, float], link: float) -> tuple[Value, ...]:
-    """Those of one chip; `low` is the share of the 8-bit peak, where there is one."""
-    lower = [_share("matmul_efficiency.float8", low, 0.08, "share of the 8-bit peak that large matmuls reach")]
+def _values(
+    *, matmul: float, attention: tuple[str, float], link: float, low: tuple[tuple[str, float, float], ...] = ()
+) -> tuple[Value, ...]:
+    """Those of one chip; `low` are the shares of peaks in low dtypes, each with its prior and spread. The depth that a
+    tile loses matters less: where there are such dtypes, it stays at its prior.
+    """
+    low_values = tuple(
+        _share(f"matmul_efficiency.{dtype}", prior, spread, f"share of the {dtype} peak that large matmuls reach")
+        for dtype, prior, spread in low
+    )
+    fill = Value("matmul_fill_depth", FILL_DEPTH, 0.5, 1.0, 2000.0, "depth that a tile loses at its ends")
     return (
         _share("matmul_efficiency.default", matmul, 0.06, "share of the peak that large matmuls reach in training"),
-        *(lower if low is not None else []),
-        Value("matmul_fill_depth", 64.0, 0.5, 1.0, 2000.0, "depth that a tile loses at its ends"),
+        *(low_values or (fill,)),
         _share("memory_efficiency", 0.75, 0.12, "share of the bandwidth that element-wise kernels reach"),
         _share(attention[0], attention[1], 0.12, "share of the peak that fused attention reaches"),
         _share("intra_host.efficiency", link, 0.2, "share of the links inside a host that collectives reach"),
@@ -81,12 +89,17 @@ def _values(*, matmul: float, low: float | None, attention: tuple[str, float], l
 
 
 CHIPS: dict[tuple[str, ...], tuple[Value, ...]] = {
-    ("A100-SXM4-80GB", "A100-SXM4-40GB"): _values(
-        matmul=0.80, low=None, attention=("attention_efficiency", 0.58), link=0.78
+    ("A100-SXM4-80GB", "A100-SXM4-40GB"): _values(matmul=0.80, attention=("attention_efficiency", 0.60), link=0.78),
+    ("H100-SXM5-80GB",): _values(
+        matmul=0.68, low=(("float8", 0.60, 0.08),), attention=("vendor_attention_efficiency", 0.55), link=0.80
     ),
-    ("H100-SXM5-80GB",): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.55), link=0.80),
-    ("GB200", "GB300"): _values(matmul=0.68, low=0.60, attention=("vendor_attention_efficiency", 0.50), link=0.80),
-    ("MI250",): _values(matmul=0.60, low=None, attention=("attention_efficiency", 0.35), link=0.60),
+    ("GB200", "GB300"): _values(
+        matmul=0.68,
+        low=(("float8", 0.60, 0.08), ("float4", 0.55, 0.15)),
+        attention=("vendor_attention_efficiency", 0.50),
+        link=0.80,
+    ),
+    ("MI250",): _values(matmul=0.60, attention=("attention_efficiency", 0.35), link=0.60),
 }
 """Chips with rows. What else is assumed for them, and for all others, stands in their tables."""
 

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoparallel.cost.compute import UNALIGNED, Device, peak_flops_per_s
+from autoparallel.cost.compute import (
+    ATTENTION_FILL,
+    COLLECTIVE_LAUNCHES,
+    UNALIGNED,
+    UNALIGNED_PRODUCTS,
+    Device,
+    peak_flops_per_s,
+)
 from autoparallel.cost.kernels import Kernel
 from autoparallel.cost.tables import EfficiencyCurve, available_devices, load_table, parse_table
 from autoparallel.errors import ConfigError, CostTableError
@@ -102,7 +109,9 @@ def test_curve_meets_its_points_and_is_geometric_between() -> None:
 
 
 def test_kernel_time_by_hand() -> None:
-    """Tiles of 256 by 128 on 108 units; one more needs a second wave, of smaller tiles: five of a quarter, at 0.8."""
+    """Tiles of 256 by 128 on 108 units; one more makes a wave that is nearly idle, and half of that is lost: least with
+    tiles of half the size, of which it takes two waves and two tiles, at 0.95 of the rate.
+    """
     table = load_table("A100-SXM4-80GB")
     device, launch_s = Device(table), table.launch_overhead_s.value
     assert table.matmul_fill_depth is not None
@@ -115,9 +124,14 @@ def test_kernel_time_by_hand() -> None:
     full = matmul(108, 256, 128)
     assert device.kernel_s(full) == pytest.approx(108 * 2 * 256 * 128 * depth / rate + launch_s)
     one_more = matmul(109, 256, 128)
-    assert device.kernel_s(one_more) - launch_s == pytest.approx(5 / 4 / 0.8 * (device.kernel_s(full) - launch_s))
-    unaligned = matmul(108, 256, 127)
-    assert device.kernel_s(unaligned) - launch_s == pytest.approx((device.kernel_s(full) - launch_s) / UNALIGNED)
+    waves = (3 + 218 / 108) / 2
+    assert device.kernel_s(one_more) - launch_s == pytest.approx(waves / 2 / 0.95 * (device.kernel_s(full) - launch_s))
+    whole, unaligned = (Kernel("matmul", "bfloat16", 1e6, 1, 108 * 256, columns, 4096) for columns in (128, 127))
+    assert device.kernel_s(unaligned) - launch_s == pytest.approx((device.kernel_s(whole) - launch_s) / UNALIGNED)
+    heads, odd = (Kernel("matmul", "bfloat16", 1e6, 108, 256, 128, depth) for depth in (128, 127))
+    filled = (127 + table.matmul_fill_depth.value) / (128 + table.matmul_fill_depth.value)
+    slower = (device.kernel_s(odd) - launch_s) / (device.kernel_s(heads) - launch_s)
+    assert slower == pytest.approx(filled / UNALIGNED_PRODUCTS)
     moved_s = 1e9 / (2.039e12 * table.memory_efficiency.value)
     assert device.kernel_s(Kernel("memory", "float32", 1e9)) == pytest.approx(moved_s + launch_s)
     assert table.special_functions_per_s is not None
@@ -133,6 +147,8 @@ def test_small_kernels_wait_for_the_host() -> None:
     device = Device(load_table("H100-SXM5-80GB"), dispatch_s=2e-5)
     small, large = Kernel("memory", "bfloat16", 1e3), Kernel("memory", "bfloat16", 1e9)
     assert device.kernels_s([small] * 10) == pytest.approx(10 * 2e-5)
+    launches = 10 + 3 * COLLECTIVE_LAUNCHES
+    assert device.kernels_s([small] * 10, collectives=3, waits_s=1e-4) == pytest.approx(launches * 2e-5 - 1e-4)
     assert device.kernels_s([large] * 10) == pytest.approx(10 * device.kernel_s(large))
 
 
@@ -164,3 +180,14 @@ def test_more_work_never_takes_less_time(
         more += [kernel._replace(flops=kernel.flops * factor)]
         more += [kernel._replace(**{n: getattr(kernel, n) * factor}) for n in ("products", "rows", "columns", "depth")]
         assert min(map(priced.kernel_s, more)) >= priced.kernel_s(kernel) * (1 - 1e-9) > 0
+
+
+def test_attention_reaches_half_of_its_rate_at_as_many_keys_as_its_ends_take() -> None:
+    table = load_table("A100-SXM4-80GB")
+    device, launch_s = Device(table), table.launch_overhead_s.value
+    long_s, short_s = (
+        device.kernel_s(Kernel("attention", "bfloat16", 0.0, depth=keys, flops=1e12, variant="flash")) - launch_s
+        for keys in (10**9, int(ATTENTION_FILL))
+    )
+    assert long_s == pytest.approx(1e12 / (312e12 * table.attention_efficiency.value))
+    assert short_s == pytest.approx(2 * long_s)

@@ -12,11 +12,17 @@ import transformers
 from autoparallel.capture.attention import Attention
 from autoparallel.capture.depth import grow
 from autoparallel.capture.program import Program, capture
-from autoparallel.cost.activations import attention_core_bytes, saved_under
+from autoparallel.cost.activations import attention_core_bytes, saved_under, workspace_under
+from autoparallel.cost.collectives import Topology
+from autoparallel.cost.compute import Device
+from autoparallel.cost.flavors import resolve_flavor
 from autoparallel.cost.kernels import Kernel, Size, groups, kernels
 from autoparallel.cost.practice import OURS, Practice
-from autoparallel.ir.graph import Graph, Op
+from autoparallel.cost.segments import Pricing
+from autoparallel.cost.tables import load_table
+from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
 from autoparallel.ir.ops import ATTENTION, contracted_inputs, flops
+from autoparallel.ir.precision import Precision
 from autoparallel.tensor_parallel.splits import SplitGraph
 from tests.families import make_model
 from tests.strategies import all_splits
@@ -146,14 +152,14 @@ def test_a_grown_graph_is_that_of_the_deeper_model(family: str, graphs: dict[str
         assert grown.runs_backward(segment) == deep.runs_backward(segment)
 
 
-HIDDEN, HEADS, SEQ = 1024, 16, 2048
+HIDDEN, HEADS, SEQ, VOCABULARY = 1024, 16, 2048, 8192
 MEGATRON = Practice(fused=True, attention="unfused", keeps_gathered=False)
 
 
 @pytest.fixture(scope="module")
 def gpt() -> Program:
     """With dropout everywhere, in bf16."""
-    config = transformers.GPT2Config(n_embd=HIDDEN, n_layer=3, n_head=HEADS, vocab_size=512, n_positions=SEQ)
+    config = transformers.GPT2Config(n_embd=HIDDEN, n_layer=3, n_head=HEADS, vocab_size=VOCABULARY, n_positions=SEQ)
     return capture(config, dtype=torch.bfloat16)
 
 
@@ -177,6 +183,61 @@ def test_sequence_parallelism_divides_all_of_them(ways: int, gpt: Program) -> No
     assert found + 2 * SEQ * HIDDEN / ways == pytest.approx(whole / ways, rel=0.02)
     kept = saved_under(list(lowered.ops), entering, size, MEGATRON.model_copy(update={"keeps_gathered": True}))
     assert kept - found == 2 * 2 * SEQ * HIDDEN * (1 - 1 / ways), "of two gathered inputs, all but this rank's part"
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_every_matrix_of_a_split_block_has_its_gradient_apart(ways: int, gpt: Program) -> None:
+    """Also where a projection is split by rows, whose bias is added to the sum: it runs in fp8, and its weight's
+    gradient may wait.
+    """
+    split = SplitGraph(gpt.graph, ways, False, all_splits(gpt, ways, sequence_parallel=False)[0]) if ways > 1 else None
+    lowered = (split or SplitGraph(gpt.graph)).lowered(2)
+    found = kernels(list(lowered.ops), Size(1, SEQ), Practice(matmul_dtype="float8"))
+    matmuls = [k for part in found for k in part.forward if k.kind == "matmul"]
+    assert len(matmuls) == 4
+    assert {k.dtype for k in matmuls} == {"float8"}
+    assert _matmul_flops(k for part in found for k in part.weight) == _matmul_flops(matmuls)
+
+
+def test_gradients_summed_in_matmuls_hide_behind_them(gpt: Program) -> None:
+    """Without, two reads and a write of each in fp32; with, what is not made by a matmul alone."""
+    flavor, table, lowered = resolve_flavor("8xA100-SXM4-80GB"), load_table("A100-SXM4-80GB"), SplitGraph(gpt.graph)
+    precision = Precision.of("bfloat16", "float32")
+    apart, within = (
+        Pricing(gpt.graph, table, Topology(flavor, table), SEQ, precision, Practice(accumulates_in_matmul=merged))
+        .segment_cost(lowered.lowered(2), 4)
+        .weight_gradient_s
+        for merged in (False, True)
+    )
+    made = 12 * HIDDEN**2
+    assert apart - within == pytest.approx(Device(table).stream_s(3 * 4 * made))
+
+
+def test_low_precision_keeps_what_its_matmuls_read(graphs: dict[str, Graph]) -> None:
+    """A byte an element: of the outputs of both norms and of the MLP's product instead of all of theirs, of attention's
+    output beside what attention itself keeps.
+    """
+    graph = graphs["llama"]
+    ops, entering = graph.segment_ops(1), {spec.name for spec in graph.boundaries[1]}
+    linear = [op.inputs[0] for op in ops if op.target == "aten.linear.default"]
+    elements = {spec.name: spec.numel(**SIZE.local) for spec in linear}
+    (output,) = (op.outputs[0] for op in ops if op.target == ATTENTION)
+    beside = output.numel(**SIZE.local)
+    wide = DTYPE_BYTES[output.dtype]
+    high, low = (saved_under(ops, entering, SIZE, Practice(fused=True, matmul_dtype=d)) for d in (None, "float8"))
+    assert len(elements) == 4
+    assert high - low == (wide - 1) * (sum(elements.values()) - beside) - beside
+
+
+def test_a_merged_loss_makes_nothing_of_the_size_of_logits_but_their_gradient(gpt: Program) -> None:
+    """In bf16; else log-probabilities in fp32 are kept, and their gradient is as large as they are."""
+    head, logits = gpt.graph.segment_ops(gpt.graph.num_segments - 1), VOCABULARY * (SEQ - 1)
+    entering = {spec.name for spec in gpt.graph.boundaries[-1]}
+    size, merged = Size(1, SEQ), Practice(merged_loss=True)
+    kept = saved_under(head, entering, size, OURS) - saved_under(head, entering, size, merged)
+    assert kept == pytest.approx((4 - 2) * logits, rel=0.01)
+    assert workspace_under(head, size, merged) < 0.5 * workspace_under(head, size, OURS)
+    assert workspace_under(head, size, OURS) >= 2 * 4 * logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

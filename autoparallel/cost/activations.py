@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autoparallel.cost.kernels import CROSS_ENTROPY, Size, boundary, drops, groups, score_elements
+from autoparallel.cost.kernels import CROSS_ENTROPY, Size, boundary, drops, launched, score_elements
 from autoparallel.cost.practice import Practice
 from autoparallel.ir.graph import DTYPE_BYTES, Op
 from autoparallel.ir.ops import ATTENTION, CONVERSIONS, DEFERRABLE, RANDOM, attention_window
@@ -28,7 +28,9 @@ def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practic
     """`saved_bytes` of a program with other kernels: a fused one keeps what enters it and makes the rest again, and
     unfused attention keeps its probabilities (arXiv 2205.05198).
     """
-    total = _saved_fused(ops, entering, size) if practice.fused else saved_bytes(ops, entering, **size.local)
+    low = practice.matmul_dtype is not None
+    merges = practice.fused or practice.merged_loss or low
+    total = _saved_by_kernels(ops, entering, size, practice) if merges else saved_bytes(ops, entering, **size.local)
     if not practice.keeps_gathered:
         total -= _gathered_bytes(ops, size)
     return total + attention_core_bytes(ops, size, practice)
@@ -69,24 +71,32 @@ def _math_bytes(op: Op, size: Size) -> int:
     return wide * (3 * score_elements(op, size) + operands)
 
 
-def _saved_fused(ops: list[Op], entering: set[str], size: Size) -> int:
+def _saved_by_kernels(ops: list[Op], entering: set[str], size: Size, practice: Practice) -> int:
     made = {op.name for op in ops} - entering
     sources = {op.name: op.inputs[0].name for op in ops if op.is_view}
-    kept: dict[str, int] = {}
-    for group in groups(ops):
+    kept: dict[tuple[str, str], int] = {}
+    """By storage and copy: itself, a mask of what was dropped, or what a matmul in a low dtype reads."""
+    for group in launched(ops, practice):
         if not any(op.saved for op in group):
             continue
         if len(group) == 1:
-            kept |= {s.storage: s.size_bytes(**size.local) for s in group[0].saved}
+            (op,) = group
+            value = op.inputs[DEFERRABLE[op.target].value].name if op.target in DEFERRABLE else ""
+            for saved in op.saved:
+                low = practice.matmul_dtype is not None and saved.storage in (value, _storage(value, sources))
+                size_bytes = saved.size_bytes(**size.local)
+                kept[saved.storage, "low" if low else ""] = (
+                    size_bytes // DTYPE_BYTES[op.outputs[0].dtype] if low else size_bytes
+                )
             continue
         masked = {_storage(name, sources) for name in _only_dropped(group)}
         for spec in boundary(group, ops)[0].values():
             name = _storage(spec.name, sources)
             if name in masked:
-                kept[f"{group[0].name}:{name}"] = spec.numel(**size.local)  # a byte an element says what is dropped
+                kept[name, group[0].name] = spec.numel(**size.local)  # a byte an element says what is dropped
             elif spec.requires_grad:
-                kept[name] = spec.size_bytes(**size.local)
-    return sum(size_bytes for storage, size_bytes in kept.items() if storage.split(":")[0] in made)
+                kept[name, ""] = spec.size_bytes(**size.local)
+    return sum(size_bytes for (storage, _), size_bytes in kept.items() if storage.split(":")[0] in made)
 
 
 def _only_dropped(group: list[Op]) -> set[str]:
@@ -163,6 +173,22 @@ def _passes_gradient(user: Op, maker: Op, *, batch: int, seq: int) -> bool:
     if len(maker.outputs) != 1 or len(user.outputs) != 1 or len(sizes) != 1:
         return False
     return user.is_view or (user.target == "aten.add.Tensor" and user.argument("alpha", 1) == 1)
+
+
+def workspace_under(ops: Sequence[Op], size: Size, practice: Practice) -> int:
+    """`workspace_bytes` of the largest kernel: a merged one has gradients of what enters and leaves it."""
+
+    def of_group(group: list[Op]) -> int:
+        if len(group) == 1:
+            return workspace_bytes(group[0], **size.local)
+        return sum(
+            spec.size_bytes(**size.local)
+            for side in boundary(group, ops)
+            for spec in side.values()
+            if spec.requires_grad
+        )
+
+    return max(map(of_group, launched(ops, practice)), default=0)
 
 
 def workspace_bytes(op: Op, *, batch: int, seq: int) -> int:

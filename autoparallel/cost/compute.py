@@ -2,7 +2,7 @@
 it.
 
     matmul      flops of whole tiles and whole waves / (peak × efficiency)      or its bytes, whichever takes longer
-    attention   flops / (peak × efficiency) + exponentials / their rate         or its bytes
+    attention   flops / (peak × efficiency) × (1 + fill / keys) + exponentials / their rate         or its bytes
     memory      bytes / (memory bandwidth × efficiency, which may depend on the bytes) + exponentials / their rate
     each        + launch overhead
 
@@ -35,14 +35,17 @@ TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 tensor core kernels that NVIDIA's guide lists; a library takes the one that ends first."""
 ALIGNMENT_BYTES = 16
 """Rows of operands that are no multiple of it are read in pieces."""
+ATTENTION_FILL = 450.0
+"""Keys whose time a GPU's fused attention loses at the ends of a row and in the tiles on the diagonal: of the rate for
+long rows it reaches half at 512 keys, two thirds at 1,024 (figures 4 to 6 of arXiv 2307.08691)."""
 FIRST_FLASH = 0.55
 """Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.6, arXiv 2307.08691,
 section 4.1)."""
 UNALIGNED = 0.6
 """Share of the rate that is left then (assumed; NVIDIA's guide names the requirement, not its price)."""
 UNALIGNED_PRODUCTS = 0.07
-"""The same of batched products: BLOOM-176B's tuning log, whose heads of 108 elements cost 38 to 40 % of a step more than
-heads of 144."""
+"""The same of batched products: in BLOOM-176B's tuning log, a step with heads of 108 elements takes 38 to 40 % longer
+than one with heads of 144."""
 COLLECTIVE_LAUNCHES = 2
 """Kernels that take the host as long to launch as one collective (assumed)."""
 
@@ -108,12 +111,13 @@ class Device:
             busy_s = self._matmul_s(kernel.dtype, kernel.products, kernel.rows, kernel.columns, kernel.depth)
         else:
             rate = peak_flops_per_s(self.table, kernel.dtype) * self.attention_efficiency[kernel.variant]
-            busy_s = kernel.flops / rate + special_s
+            fill = ATTENTION_FILL / kernel.depth if self.units and kernel.depth else 0.0
+            busy_s = kernel.flops / rate * (1 + fill) + special_s
         return max(moved_s, busy_s) + self.launch_s
 
     def kernels_s(self, kernels: Sequence[Kernel], *, collectives: int = 0, waits_s: float = 0.0) -> float:
-        """Time of kernels that run one after the other, that of `collectives` among them, `waits_s`, left out: meanwhile
-        the host goes on.
+        """Time of kernels that run one after the other. That of `collectives` among them, `waits_s`, is left out;
+        meanwhile the host goes on.
         """
         launches = len(kernels) + COLLECTIVE_LAUNCHES * collectives
         return max(sum(map(self.kernel_s, kernels)), launches * self.dispatch_s - waits_s)

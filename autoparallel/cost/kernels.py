@@ -8,6 +8,7 @@ op, or one for each connected group between contractions where element-wise kern
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -21,8 +22,10 @@ from autoparallel.ir.ops import (
     DEFERRABLE,
     RANDOM,
     SPECIAL_FUNCTIONS,
+    VOCABULARY_CROSS_ENTROPY,
     VOCABULARY_EMBEDDING,
     CollectiveKind,
+    attention_window,
     contracted_inputs,
     flops,
 )
@@ -40,8 +43,7 @@ LOOKUPS = {
 }
 DRAW = 8
 """Exponentials that a random number costs: ten rounds of Philox for four of them, in integer arithmetic (assumed)."""
-_ALONE = LOOKUPS
-"""Ops that no library fuses with their neighbours; losses are, with the casts of the logits before them."""
+LOSSES = {CROSS_ENTROPY, VOCABULARY_CROSS_ENTROPY}
 
 
 class Kernel(NamedTuple):
@@ -56,7 +58,7 @@ class Kernel(NamedTuple):
     rows: int = 0
     columns: int = 0
     depth: int = 0
-    """Of one product: [rows, depth] x [depth, columns]."""
+    """Of one product: [rows, depth] x [depth, columns]. Of attention, the keys of a row."""
     flops: float = 0.0
     """Of attention, those it really executes."""
     special: float = 0.0
@@ -95,8 +97,21 @@ class Size:
 
 def kernels(ops: Sequence[Op], size: Size, practice: Practice) -> list[OpKernels]:
     """In program order; a fused group stands where its first op stands."""
-    launched = groups(ops) if practice.fused else [[op] for op in ops]
-    return [found for group in launched if (found := _of_group(group, ops, size, practice)) is not None]
+    return [found for group in launched(ops, practice) if (found := _of_group(group, ops, size, practice)) is not None]
+
+
+def launched(ops: Sequence[Op], practice: Practice) -> list[list[Op]]:
+    """Ops by the kernel that runs them."""
+    if not practice.fused and not practice.merged_loss:
+        return [[op] for op in ops]
+    found = groups(ops, alone=LOOKUPS if practice.merged_loss else LOOKUPS | LOSSES)
+    if practice.fused:
+        return found
+    return [part for group in found for part in ([group] if _has_loss(group) else [[op] for op in group])]
+
+
+def _has_loss(group: Sequence[Op]) -> bool:
+    return any(op.target in LOSSES for op in group)
 
 
 def _of_group(group: list[Op], ops: Sequence[Op], size: Size, practice: Practice) -> OpKernels | None:
@@ -193,11 +208,13 @@ def _attention(op: Op, size: Size, practice: Practice) -> OpKernels:
     width = evaluate(query.shape[3], **size.local) + evaluate(value.shape[3], **size.local)
     scores = counted.executed_forward / (2 * width) / size.context_parallel
     dtype = query.dtype
-    ways = size.context_parallel
+    ways, length = size.context_parallel, evaluate(query.shape[2], **size.whole)
+    keys = min(attention_window(op) or length, length)
     forward = Kernel(
         "attention",
         dtype,
         forward_bytes(op, **size.local),
+        depth=keys,
         flops=counted.executed_forward / ways,
         special=scores,
         variant="flash" if practice.attention == "math" else practice.attention,
@@ -252,15 +269,17 @@ def _unfused_attention(op: Op, size: Size, practice: Practice, *, trained: bool)
 # ------------------------------------------------------------------------------------------------------- fusion
 
 
-def groups(ops: Sequence[Op]) -> list[list[Op]]:
-    """Ops that run as one kernel: connected ones that move bytes, with no contraction on a path between them."""
+def groups(ops: Sequence[Op], *, alone: AbstractSet[str] = LOOKUPS) -> list[list[Op]]:
+    """Ops that run as one kernel: connected ones that move bytes, with no contraction on a path between them. Those
+    that stay `alone` are merged with nothing; no library merges lookups.
+    """
     depth: dict[str, int] = {}
     """How many heavy ops a tensor is behind."""
     group_of: dict[str, list[Op]] = {}
     groups: list[list[Op]] = []
     for op in ops:
         level = max((depth.get(spec.name, 0) for spec in op.inputs), default=0)
-        light = not contracted_inputs(op) and op.target not in CONVERSIONS and op.target not in _ALONE
+        light = not contracted_inputs(op) and op.target not in CONVERSIONS and op.target not in alone
         depth[op.name] = level if light else level + 1
         mine = [op]
         if light:

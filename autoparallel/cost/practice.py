@@ -21,6 +21,8 @@ class Practice(Schema):
     attention: Attention = "flash"
     fused: bool = False
     """Whether element-wise ops and norms between two contractions are one kernel."""
+    merged_loss: bool = False
+    """Whether the loss is one kernel with the cast of the logits: it makes nothing of their size but their gradient."""
     accumulates_in_matmul: bool = False
     """Whether the matmul that makes a weight's gradient adds it to those of the micro-batches before."""
     matmul_dtype: str | None = None

@@ -16,7 +16,7 @@ from autoparallel.cost.activations import (
     kept_under,
     replayed,
     saved_under,
-    workspace_bytes,
+    workspace_under,
 )
 from autoparallel.cost.kernels import Kernel, OpKernels, Size, kernels, rebuilt
 from autoparallel.cost.practice import Practice
@@ -95,7 +95,7 @@ def work_of(graph: Graph, lowered: LoweredSegment, size: Size, practice: Practic
         saved_selective_bytes=saved - core if practice.attention == "unfused" else kept_under(ops, size, practice),
         deferred_bytes=deferred_bytes(ops, **size.local),
         input_bytes=sum(spec.size_bytes(**size.local) for spec in lowered.entering),
-        workspace_bytes=max((workspace_bytes(op, **size.local) for op in ops), default=0),
+        workspace_bytes=workspace_under(ops, size, practice),
     )
 
 

@@ -5,7 +5,7 @@ Whatever had to be assumed is appended to `assumptions`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.strategy import Recomputation, StagePlan
@@ -13,6 +13,8 @@ from benchmarks.published.rows import Run, Unexpressed, stated
 
 TOKENS_A_MICRO_BATCH = 4096
 """Assumed where no micro-batch is stated: kernels of fewer tokens leave a GPU idle, so that nobody publishes them."""
+LAYERS_A_VIRTUAL_STAGE = 4
+"""At most, where a framework interleaves and the row does not say how."""
 MICRO_BATCHES_A_STEP = 8
 """Assumed where no global batch is stated; four for each pipeline stage if that is more."""
 
@@ -35,8 +37,8 @@ class Layout:
         return self.global_batch // (self.data * self.micro_batch)
 
 
-def layout_of(run: Run, flavor: Flavor, assumptions: list[str]) -> Layout:
-    """Raises Unexpressed."""
+def layout_of(run: Run, flavor: Flavor, *, interleaves: bool, assumptions: list[str]) -> Layout:
+    """`interleaves` where a pipeline of the framework does unless told otherwise. Raises Unexpressed."""
     if run.ep is not None and run.ep > 1:
         raise Unexpressed("expert parallelism")
     tensor, pipeline, context = stated(run.tp, "tp"), stated(run.pp, "pp"), run.cp or 1
@@ -49,16 +51,17 @@ def layout_of(run: Run, flavor: Flavor, assumptions: list[str]) -> Layout:
     micro_batch, global_batch = _batch(run, data, pipeline, seq_len, assumptions)
     if "packed into one" in run.said:
         assumptions.append(f"attention stays inside each of the {micro_batch} packed samples")
-    return Layout(
+    layout = Layout(
         data=data,
         tensor=tensor,
         pipeline=pipeline,
         context=context,
-        virtual=_virtual_stages(run, pipeline, assumptions),
+        virtual=1,
         micro_batch=micro_batch,
         global_batch=global_batch,
         seq_len=seq_len,
     )
+    return replace(layout, virtual=_virtual_stages(run, layout, interleaves, assumptions))
 
 
 def _batch(run: Run, data: int, pipeline: int, seq_len: int, assumptions: list[str]) -> tuple[int, int]:
@@ -79,13 +82,20 @@ def _batch(run: Run, data: int, pipeline: int, seq_len: int, assumptions: list[s
     return micro_batch, global_batch
 
 
-def _virtual_stages(run: Run, pipeline: int, assumptions: list[str]) -> int:
+def _virtual_stages(run: Run, layout: Layout, interleaves: bool, assumptions: list[str]) -> int:
     schedule = run.schedule.casefold()
-    if pipeline == 1 or schedule.startswith(("zb", "zero")):
+    if layout.pipeline == 1 or schedule.startswith(("zb", "zero")):
         return 1
-    if "interleaved" in schedule and run.virtual_stages is None:
+    if run.virtual_stages is not None:
+        return run.virtual_stages
+    layers, rest = divmod(stated(run.model.layers, "model.layers"), layout.pipeline)
+    if interleaves and rest == 0 and layout.num_micro_batches % layout.pipeline == 0:
+        virtual = min(n for n in range(1, layers + 1) if layers % n == 0 and layers // n <= LAYERS_A_VIRTUAL_STAGE)
+        assumptions.append(f"virtual_stages is not stated: {virtual}")
+        return virtual
+    if "interleaved" in schedule:
         assumptions.append("virtual_stages is not stated: none")
-    return run.virtual_stages or 1
+    return 1
 
 
 def layers_by_stage(num_layers: int, num_stages: int, *, fewer_at_ends: bool, fills: bool) -> list[int] | None:

@@ -20,6 +20,8 @@ class Practice:
     """The lowest distribute_param at which gradients are reduced, and parameters gathered, beside compute."""
     fused: bool = True
     """Element-wise kernels are merged: by a compiler, or written so by hand."""
+    merged_loss: bool = True
+    """The loss is one kernel with the cast of the logits."""
     attention: Attention = "flash"
     flash: Attention = "flash"
     """Whose kernel a row means by "flash" without a version."""
@@ -47,6 +49,8 @@ class Practice:
     optimizer_workspace_bytes: int | None = 0
     """Of each element, while it steps; merged optimizers need none, None is PyTorch's."""
     dropout: float = 0.0
+    interleaves: bool = False
+    """Pipelines have virtual stages."""
     fills_stages: bool = False
     """Layers that do not divide over the stages fill all but the last; otherwise they are spread."""
 
@@ -75,10 +79,11 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("deepspeed",),
-        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: overlap_comm is on at ZeRO-3 alone, communication "
-        "dtype is that of compute; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
+        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: communication dtype is that of compute; the rates of "
+        "its ZeRO-3 in table 2 of arXiv 2104.04473 (144, 88, 44 TFLOP/s on 384, 768, 1,536 GPUs) are those of gathers "
+        "that hide behind nothing; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
         "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
-        overlaps_from=3,
+        overlaps_from=NEVER,
         gathers_each_parameter=True,
         sums_half=True,
         dispatch_s=65e-6,
@@ -90,6 +95,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("aa-scaling", "aleph"),
         "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; that 13B in bf16 fits on one GPU "
         "says that gradients are bf16 too",
+        merged_loss=False,
         fused=False,
         distribute_param=1,
         gradient_dtype="bfloat16",
@@ -109,7 +115,9 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("bridge", "nemo", "megatron-core", "mcore", "primus", "transformer engine"),
         "Megatron Bridge's and NeMo's pages on communication overlap: distributed optimizer; gradients, parameters and "
-        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation",
+        "tensor parallelism overlapped, sequence parallelism, Transformer Engine's attention and normalisation; "
+        "interleaving in all their recipes with pipelines",
+        interleaves=True,
         attention="vendor",
         flash="vendor",
         tensor_overlap=True,
@@ -122,8 +130,8 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("megatron",),
         "Narayanan et al., arXiv 2104.04473, section 4: merged kernels of bias, GeLU, dropout and softmax; gradients "
-        "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1, and accumulate_allreduce_grads_in_fp32 "
-        "for bf16 alone",
+        "all-reduced after the last backward; Megatron-LM's arguments: dropout 0.1, and "
+        "accumulate_allreduce_grads_in_fp32 for bf16 alone",
         sums_half=True,
         overlaps_from=NEVER,
         attention="unfused",
@@ -133,8 +141,8 @@ PRACTICES: tuple[Practice, ...] = (
     Practice(
         ("llm-foundry", "composer", "mosaic"),
         "llm-foundry's yamls of MPT and Composer's FSDP: no torch.compile, FULL_SHARD with prefetch, low-precision "
-        "LayerNorm, no dropout; mixed_precision DEFAULT reduces in fp32, PURE in the compute dtype; the first "
-        "FlashAttention, as its Triton kernel or its package of that year",
+        "LayerNorm, no dropout; mixed_precision DEFAULT reduces in fp32, PURE in the compute dtype; loss_fn "
+        "fused_crossentropy; the first FlashAttention, as its Triton kernel or its package of that year",
         flash="flash-1",
         fused=False,
         distribute_param=3,
@@ -142,9 +150,9 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("internlm", "internevo"),
-        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; flash-attn 1 among its requirements; "
-        "hybrid_zero_optim.py: gradients of a rank flattened and copied to fp32, AdamW tensor by tensor, all of a rank "
-        "one tensor, with two more of its size",
+        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; flash-attn 1 among its "
+        "requirements; hybrid_zero_optim.py: gradients of a rank flattened and copied to fp32, AdamW tensor by tensor, "
+        "all of a rank one tensor, with two more of its size",
         flash="flash-1",
         optimizer_workspace_bytes=12,
         gathers_ahead=False,
@@ -174,6 +182,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("gemini", "colossal"),
         "ColossalAI's docs of Gemini: parameters and optimizer states in chunks over all ranks, fp32 masters",
         overlaps_from=NEVER,
+        merged_loss=False,
         fused=False,
         distribute_param=3,
     ),
@@ -181,6 +190,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("fsdp",),
         "PyTorch's FSDP tutorial: mixed precision in bf16 throughout, prefetched gathers",
         optimizer_workspace_bytes=None,
+        merged_loss=False,
         fused=False,
         distribute_param=3,
     ),
@@ -188,6 +198,7 @@ PRACTICES: tuple[Practice, ...] = (
         ("zero", "accelerate", "transformers", "axolotl", "llama-factory", "hugging"),
         "DeepSpeed ZeRO with its `overlap_comm` as Hugging Face's guides set it; eager kernels",
         optimizer_workspace_bytes=None,
+        merged_loss=False,
         fused=False,
         distribute_param=2,
     ),
@@ -196,6 +207,7 @@ PRACTICES: tuple[Practice, ...] = (
         "any other framework: eager kernels, flash attention, gradients reduced beside backward as "
         "DistributedDataParallel does",
         optimizer_workspace_bytes=None,
+        merged_loss=False,
         fused=False,
         gradient_dtype="float32",
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pydantic import ValidationError
 
@@ -18,11 +19,18 @@ from benchmarks.published.models import Structure, structure_of
 from benchmarks.published.practices import Practice, practice_of
 from benchmarks.published.rows import Run, Unexpressed
 
+UNSTATED = ("", "unknown", "not stated")
 DTYPES = (
     ("fp4", "float4"), ("fp8", "float8"), ("float8", "float8"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16"),
     ("fp16", "float16"), ("float16", "float16"), ("half", "float16"), ("fp32", "float32"), ("float32", "float32"),
 )  # fmt: skip
 """By a word of the row's precision; of two that are named, the first of this list."""
+
+
+BLOCKS_OF_WHICH_ONE_IS_KEPT = 4
+"""At most, where selective checkpointing recomputes some blocks and not others, as fms-fsdp does: every n-th."""
+ROOM_FOR_ACTIVATIONS = 0.1
+"""Of the memory, at least."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Options:
     dtype: str
     attention: Attention
     fused: bool
+    merged_loss: bool
     overlap: bool
     gathers_ahead: bool
     gathers_each_parameter: bool
@@ -53,6 +62,8 @@ class Question:
     structure: Structure
     flavor: Flavor
     strategy: Strategy
+    if_too_large: Strategy | None
+    """Another strategy, where the run ran and this one does not fit: with what recomputation it takes."""
     batch_size: int
     seq_len: int
     options: Options
@@ -66,7 +77,7 @@ def question_of(run: Run) -> Question:
     structure, assumptions = structure_of(run.model, dropout=practice.dropout, said=run.said)
     flavor, of_flavor = flavor_of(run)
     assumptions += of_flavor
-    layout = layout_of(run, flavor, assumptions)
+    layout = layout_of(run, flavor, interleaves=practice.interleaves, assumptions=assumptions)
     options = _options(run, practice, assumptions)
     fields = {
         "num_stages": layout.pipeline,
@@ -86,15 +97,22 @@ def question_of(run: Run) -> Question:
         strategy = Strategy.model_validate(fields)
     except ValidationError as error:
         raise Unexpressed(f"no such strategy: {error.errors(include_url=False)[0]['msg']}") from error
+    may_recompute = strategy.recomputation == "none" and run.recompute.casefold() in UNSTATED
     return Question(
         structure=structure,
         flavor=flavor,
         strategy=strategy,
+        if_too_large=_recomputing(strategy) if may_recompute and not run.out_of_memory else None,
         batch_size=layout.global_batch,
         seq_len=layout.seq_len,
         options=options,
         assumptions=tuple(assumptions),
     )
+
+
+def _recomputing(strategy: Strategy) -> Strategy:
+    """As much as it takes to fit."""
+    return strategy.model_copy(update={"recomputation": "full", "least_recomputation": "none", "stages": None})
 
 
 def _check_kind(run: Run) -> None:
@@ -119,7 +137,8 @@ def _sharded(
         assumptions.append(f"zero is not stated: {level}")
     gradient_bytes = 2 if options.gradient_dtype in ("bfloat16", "float16") else 4
     held_bytes = structure.num_parameters / (layout.tensor * layout.pipeline) * (2 + gradient_bytes)
-    if level < 3 and layout.data > 1 and held_bytes > flavor.memory_bytes and not run.out_of_memory:
+    limit_bytes = (1 - ROOM_FOR_ACTIVATIONS) * flavor.memory_bytes
+    if level < 3 and layout.data > 1 and held_bytes > limit_bytes and not run.out_of_memory:
         assumptions.append(f"{held_bytes / 2**30:.0f} GiB of parameters and gradients do not fit: zero 3")
         return 3
     return level
@@ -173,11 +192,12 @@ def _recomputation(run: Run, assumptions: list[str]) -> tuple[Recomputation, flo
         if share < 0.05:
             return "none", 0.0
         if share < 0.9:
-            assumptions.append(f"{share:.0%} of the blocks are recomputed, by the ratio of hfu and mfu")
-            return "full", share
+            one_of = Fraction(share).limit_denominator(BLOCKS_OF_WHICH_ONE_IS_KEPT)
+            assumptions.append(f"{one_of} of the blocks are recomputed, by the ratio of hfu and mfu")
+            return "full", float(one_of)
         return "full", 1.0
-    if name in ("", "unknown", "not stated"):
-        assumptions.append("recompute is not stated: none")
+    if name in UNSTATED:
+        assumptions.append("recompute is not stated: as little as fits")
         return "none", 0.0
     if name in ("none", "false", "no", "off"):
         return "none", 0.0
@@ -206,6 +226,7 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
         dtype=dtype,
         attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
         fused=practice.fused or merged if run.compile is None else run.compile,
+        merged_loss=practice.merged_loss or bool(run.compile),
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
         gathers_each_parameter=practice.gathers_each_parameter,
