@@ -130,6 +130,7 @@ def estimate(
     memory_ratio: float = 1.0,
     attention: Attention = "flash",
     fused: bool = False,
+    merged_norms: bool = False,
     merged_loss: bool = False,
     overlap: bool = True,
     gathers_ahead: bool = True,
@@ -149,11 +150,11 @@ def estimate(
     a reason to refuse. `model` may be a captured `Graph` too, whose dtype is then the compute dtype.
 
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
-    kernels of `attention`, `fused` element-wise ones, a `merged_loss`, collectives of data (`overlap`, `gathers_...`)
-    and tensor parallelism (`tensor_overlap`) beside compute, tensor parallelism that divides all it can (`shards_most`)
-    or gathers twice (not `keeps_gathered`), matmuls that sum the gradients they make (`accumulates_in_matmul`), bytes
-    that the optimizer needs for an element while it steps, dtypes of gradients and masters, host time to launch a
-    kernel (`dispatch_s`). `table` stands in for the device's cost table.
+    kernels of `attention`, `fused` element-wise ones or `merged_...` ones alone, collectives of data (`overlap`,
+    `gathers_...`) and tensor parallelism (`tensor_overlap`) beside compute, tensor parallelism that divides all it can
+    (`shards_most`) or gathers twice (not `keeps_gathered`), matmuls that sum the gradients they make
+    (`accumulates_in_matmul`), bytes that the optimizer needs for an element while it steps, dtypes of gradients and
+    masters, host time to launch a kernel (`dispatch_s`). `table` stands in for the device's cost table.
     """
     from autoparallel.search.price import cut_and_price
 
@@ -184,6 +185,7 @@ def estimate(
         practice=Practice(
             attention=attention,
             fused=fused,
+            merged_norms=merged_norms,
             merged_loss=merged_loss,
             matmul_dtype=matmul_dtype,
             overlap=overlap,

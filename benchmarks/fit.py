@@ -194,14 +194,16 @@ def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
 
 
 def spread_of(rows: Rows, without: dict[str, Array]) -> float:
-    """The factor, less one, within which four of five rows lie by the fit without their source."""
-    found, weights = [], rows.weights()
+    """The factor, less one, within which four of five rows lie by the fit without their source; every source weighs the
+    same.
+    """
+    found, counts = [], Counter(rows.sources)
     for source, x in without.items():
         mine = [i for i, name in enumerate(rows.sources) if name == source]
         part = Rows(
             [rows.questions[i] for i in mine], rows.measured_s[mine], [source] * len(mine), rows.devices, rows.values
         )
-        found += list(zip(np.abs(part.residuals(x)), weights[mine], strict=True))
+        found += [(abs(residual), 1 / counts[source]) for residual in part.residuals(x)]
     found.sort()
     shares = np.cumsum([weight for _, weight in found])
     index = int(np.searchsorted(shares, 0.8 * shares[-1]))

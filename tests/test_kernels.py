@@ -16,12 +16,12 @@ from autoparallel.cost.activations import attention_core_bytes, saved_under, wor
 from autoparallel.cost.collectives import Topology
 from autoparallel.cost.compute import Device
 from autoparallel.cost.flavors import resolve_flavor
-from autoparallel.cost.kernels import Kernel, Size, groups, kernels
+from autoparallel.cost.kernels import Kernel, Size, groups, kernels, launched
 from autoparallel.cost.practice import OURS, Practice
 from autoparallel.cost.segments import Pricing
 from autoparallel.cost.tables import load_table
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op
-from autoparallel.ir.ops import ATTENTION, contracted_inputs, flops
+from autoparallel.ir.ops import ATTENTION, CONTRACTIONS, contracted_inputs, flops
 from autoparallel.ir.precision import Precision
 from autoparallel.tensor_parallel.splits import SplitGraph
 from tests.families import make_model
@@ -93,6 +93,18 @@ def test_fusion_saves_bytes_and_launches(family: str, graphs: dict[str, Graph]) 
         assert small < 0.7 * large
     entering = {spec.name for spec in graphs[family].boundaries[1]}
     assert 0 < saved_under(ops, entering, SIZE, FUSED) < saved_under(ops, entering, SIZE, OURS)
+
+
+def test_merged_norms_are_one_kernel_each_and_nothing_else_is(graphs: dict[str, Graph]) -> None:
+    ops = [op for op in graphs["llama"].segment_ops(1) if not op.is_view]
+    found = [group for group in launched(ops, Practice(merged_norms=True)) if len(group) > 1]
+    assert len(found) == 2
+    entering = {spec.name for spec in graphs["llama"].boundaries[1]}
+    kept = [saved_under(ops, entering, SIZE, practice) for practice in (FUSED, Practice(merged_norms=True), OURS)]
+    assert kept == sorted(set(kept))
+    for group in found:
+        assert len({op.module for op in group}) == 1
+        assert group == [op for op in ops if op.module == group[0].module and op.target not in CONTRACTIONS]
 
 
 def test_probabilities_are_kept_by_unfused_attention(graphs: dict[str, Graph]) -> None:

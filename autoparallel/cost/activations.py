@@ -28,9 +28,9 @@ def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practic
     """`saved_bytes` of a program with other kernels: a fused one keeps what enters it and makes the rest again, and
     unfused attention keeps its probabilities (arXiv 2205.05198).
     """
-    low = practice.matmul_dtype is not None
-    merges = practice.fused or practice.merged_loss or low
-    total = _saved_by_kernels(ops, entering, size, practice) if merges else saved_bytes(ops, entering, **size.local)
+    total = saved_bytes(ops, entering, **size.local)
+    if practice.merges or practice.matmul_dtype is not None:
+        total = _saved_by_kernels(ops, entering, size, practice)
     if not practice.keeps_gathered:
         total -= _gathered_bytes(ops, size)
     return total + attention_core_bytes(ops, size, practice)

@@ -102,16 +102,23 @@ def kernels(ops: Sequence[Op], size: Size, practice: Practice) -> list[OpKernels
 
 def launched(ops: Sequence[Op], practice: Practice) -> list[list[Op]]:
     """Ops by the kernel that runs them."""
-    if not practice.fused and not practice.merged_loss:
+    if not practice.merges:
         return [[op] for op in ops]
     found = groups(ops, alone=LOOKUPS if practice.merged_loss else LOOKUPS | LOSSES)
     if practice.fused:
         return found
-    return [part for group in found for part in ([group] if _has_loss(group) else [[op] for op in group])]
+    return [part for group in found for part in _merged(group, practice)]
 
 
-def _has_loss(group: Sequence[Op]) -> bool:
-    return any(op.target in LOSSES for op in group)
+def _merged(group: list[Op], practice: Practice) -> list[list[Op]]:
+    """A group that could be one kernel, as far as it is one where not all are."""
+    if practice.merged_loss and any(op.target in LOSSES for op in group):
+        return [group]
+    parts: dict[str, list[Op]] = {}
+    for op in group:
+        is_norm = practice.merged_norms and "norm" in op.module.rpartition(".")[2]
+        parts.setdefault(op.module if is_norm else op.name, []).append(op)
+    return list(parts.values())
 
 
 def _of_group(group: list[Op], ops: Sequence[Op], size: Size, practice: Practice) -> OpKernels | None:

@@ -21,6 +21,8 @@ class Practice(Schema):
     attention: Attention = "flash"
     fused: bool = False
     """Whether element-wise ops and norms between two contractions are one kernel."""
+    merged_norms: bool = False
+    """Whether a normalisation is one kernel, where not all is `fused`."""
     merged_loss: bool = False
     """Whether the loss is one kernel with the cast of the logits: it makes nothing of their size but their gradient."""
     accumulates_in_matmul: bool = False
@@ -47,6 +49,11 @@ class Practice(Schema):
     """
     dispatch_s: float | None = Field(default=None, ge=0)
     """Host time to launch a kernel, where it is not the device table's."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether any kernel runs more than one op."""
+        return self.fused or self.merged_loss or self.merged_norms
 
 
 OURS = Practice()

@@ -7,15 +7,17 @@ gradient (W) its own I. Each is timed once.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from autoparallel.schedule.actions import Action, Kind
+from autoparallel.plans.strategy import ScheduleName
+from autoparallel.schedule.actions import Action, Kind, actions
 
-_UNKNOWN = -1.0
-_SENDS: Mapping[Kind, int] = {"F": 1, "B": -1, "I": -1}
-"""Where an action's result goes, in stages from its own."""
+KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
+RESULTS: tuple[Kind, ...] = ("F", "B", "W")
+MISSING = -1
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,72 @@ class Timeline:
         return max(self.finish_s)
 
 
+Turn = tuple[int, int, int, int]
+"""One action, by places in lists: its rank; its cost, of its kind and stage; the turn that makes its input; the
+boundary between stages that the input crosses. One beyond the last where nothing makes it, or it crosses none.
+"""
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """All actions of a step, each behind what it waits for."""
+
+    turns: tuple[Turn, ...]
+    num_ranks: int
+    num_stages: int
+    counts: tuple[tuple[int, int, int], ...]
+    """Rank, cost, and how many turns have both."""
+
+
+@lru_cache(maxsize=256)
+def timetable_of(schedule: ScheduleName, num_stages: int, num_micro_batches: int, virtual_stages: int = 1) -> Timetable:
+    """Of a schedule by name: the lists of `actions`."""
+    orders = actions(schedule, num_stages, num_micro_batches, virtual_stages)
+    return timetable(orders, num_stages=num_stages * virtual_stages)
+
+
+def timetable(orders: Sequence[Sequence[Action]], *, num_stages: int) -> Timetable:
+    """Of every rank's list."""
+    width = 1 + max(action.micro_batch for order in orders for action in order)
+    place = [MISSING] * (len(RESULTS) * num_stages * width)
+    """Where the turn is that makes a result: forward, backward (I hands on what B does) or weights' gradients."""
+    goes_on: dict[int, int] = {}
+    """By result, the rank that waits for it."""
+    turns: list[Turn] = []
+    position, waiting = [0] * len(orders), deque(range(len(orders)))
+    nothing, last = sum(map(len, orders)), num_stages - 1
+    while waiting:
+        rank = waiting.popleft()
+        order = orders[rank]
+        while position[rank] < len(order):
+            stage, kind, micro_batch = order[position[rank]]
+            forward = stage * width + micro_batch
+            backward = forward + num_stages * width
+            source, send, made = MISSING, last, forward
+            if kind == "F" and stage:
+                source, send = forward - width, stage - 1
+            elif kind == "W":
+                source, made = backward, backward + num_stages * width
+            elif kind in "BI":
+                made = backward
+                source, send = (backward + width, stage) if stage < last and place[forward] >= 0 else (forward, last)
+            if source >= 0 and place[source] < 0:
+                goes_on[source] = rank
+                break
+            place[made] = len(turns)
+            cost = KINDS.index(kind) * num_stages + stage
+            turns.append((rank, cost, nothing if source < 0 else place[source], send))
+            position[rank] += 1
+            if made in goes_on:
+                waiting.append(goes_on.pop(made))
+    stuck = [order[done] for order, done in zip(orders, position, strict=True) if done < len(order)]
+    assert not stuck, f"the schedule deadlocks; waiting: {', '.join(map(repr, stuck))}"
+    counts = Counter((rank, cost) for rank, cost, _, _ in turns)
+    return Timetable(tuple(turns), len(orders), num_stages, tuple((*key, count) for key, count in counts.items()))
+
+
 def simulate(
-    actions: Sequence[Sequence[Action]],
+    table: Timetable,
     *,
     cost_s: Mapping[Kind, Sequence[float]],
     send_s: Sequence[float],
@@ -48,93 +114,25 @@ def simulate(
     `cost_s[kind][i]` is an action on stage i, `send_s[i]` a send between stages i and i + 1, either way; `start_s` is
     when each rank may begin, 0 by default.
     """
-    assert all(len(of_stages) == len(send_s) + 1 for of_stages in cost_s.values())
-    sweep = _Sweep(actions, cost_s=cost_s, send_s=send_s, start_s=start_s)
-    waiting = deque(range(len(actions)))
-    queued = [True] * len(actions)
-    while waiting:
-        rank = waiting.popleft()
-        queued[rank] = False
-        for neighbour in sweep.advance(rank):
-            if not queued[neighbour]:
-                queued[neighbour] = True
-                waiting.append(neighbour)
-    stuck = [order[done] for order, done in zip(actions, sweep.position, strict=True) if done < len(order)]
-    assert not stuck, f"the schedule deadlocks; waiting: {', '.join(map(repr, stuck))}"
-    return sweep.timeline()
-
-
-class _Sweep:
-    """How far each rank has come, and when each stage finished each micro-batch."""
-
-    def __init__(
-        self,
-        actions: Sequence[Sequence[Action]],
-        *,
-        cost_s: Mapping[Kind, Sequence[float]],
-        send_s: Sequence[float],
-        start_s: Sequence[float] | None,
-    ) -> None:
-        num_stages, num_ranks = len(send_s) + 1, len(actions)
-        num_micro_batches = 1 + max(action.micro_batch for order in actions for action in order)
-        self.actions = actions
-        self.cost_s = cost_s
-        self.send_s = send_s
-        self.begin_s = list(start_s) if start_s is not None else [0.0] * num_ranks
-        self.clock_s = list(self.begin_s)
-        self.position = [0] * num_ranks
-        self.starts_s: list[list[float]] = [[] for _ in actions]
-        self.busy_s = [0.0] * num_ranks
-        self.transfer_s = [0.0] * num_ranks
-        # I hands on what B does, so that both end as "B".
-        forward_s, backward_s, weights_s = ([[_UNKNOWN] * num_micro_batches for _ in range(num_stages)] for _ in "FBW")
-        self.end_s: Mapping[Kind, list[list[float]]] = {
-            "F": forward_s,
-            "B": backward_s,
-            "I": backward_s,
-            "W": weights_s,
-        }
-        self.rank_of_stage = {action.stage: rank for rank, order in enumerate(actions) for action in order}
-
-    def advance(self, rank: int) -> set[int]:
-        """Run this rank until it must wait; the ranks that got new input."""
-        order, starts_s, last_stage = self.actions[rank], self.starts_s[rank], len(self.send_s)
-        clock_s, busy_s, transfer_s = self.clock_s[rank], self.busy_s[rank], self.transfer_s[rank]
-        position, reached = self.position[rank], set()
-        while position < len(order):
-            stage, kind, micro_batch = order[position]
-            source_s, sent_s = self._input(stage, kind, micro_batch)
-            if source_s == _UNKNOWN:
-                break
-            arrival_s = source_s + sent_s
-            if arrival_s > clock_s:
-                transfer_s += min(sent_s, arrival_s - clock_s)
-                clock_s = arrival_s
-            starts_s.append(clock_s)
-            cost_s = self.cost_s[kind][stage]
-            clock_s += cost_s
-            busy_s += cost_s
-            self.end_s[kind][stage][micro_batch] = clock_s
-            position += 1
-            target = stage + _SENDS.get(kind, 0)
-            if 0 <= target <= last_stage:
-                reached.add(self.rank_of_stage[target])
-        self.clock_s[rank], self.busy_s[rank], self.transfer_s[rank] = clock_s, busy_s, transfer_s
-        self.position[rank] = position
-        return reached - {rank}
-
-    def _input(self, stage: int, kind: Kind, micro_batch: int) -> tuple[float, float]:
-        """When the action's input was made, and how long it travels."""
-        if kind == "F":
-            return (self.end_s["F"][stage - 1][micro_batch], self.send_s[stage - 1]) if stage else (0.0, 0.0)
-        if kind == "W":
-            return self.end_s["I"][stage][micro_batch], 0.0
-        own_s = self.end_s["F"][stage][micro_batch]
-        if own_s == _UNKNOWN or stage == len(self.send_s):
-            return own_s, 0.0
-        return self.end_s["B"][stage + 1][micro_batch], self.send_s[stage]
-
-    def timeline(self) -> Timeline:
-        ranks = range(len(self.actions))
-        idle_s = [max(0.0, self.clock_s[r] - self.begin_s[r] - self.busy_s[r]) for r in ranks]
-        return Timeline(self.starts_s, self.busy_s, self.transfer_s, idle_s, self.clock_s)
+    num_stages, ranks = table.num_stages, range(table.num_ranks)
+    assert len(send_s) == num_stages - 1
+    assert all(len(of_stages) == num_stages for of_stages in cost_s.values())
+    unused = [0.0] * num_stages
+    costs_s = [seconds for kind in KINDS for seconds in cost_s.get(kind, unused)]
+    sends_s = [*send_s, 0.0]
+    begins_s = list(start_s) if start_s is not None else [0.0 for _ in ranks]
+    clocks_s, transfer_s = list(begins_s), [0.0 for _ in ranks]
+    ends_s = [0.0] * (len(table.turns) + 1)
+    starts_s: list[list[float]] = [[] for _ in ranks]
+    for place, (rank, cost, source, send) in enumerate(table.turns):  # thousands: nothing else is as hot
+        clock_s, arrival_s = clocks_s[rank], ends_s[source] + sends_s[send]
+        if arrival_s > clock_s:
+            transfer_s[rank] += min(sends_s[send], arrival_s - clock_s)
+            clock_s = arrival_s
+        starts_s[rank].append(clock_s)
+        ends_s[place] = clocks_s[rank] = clock_s + costs_s[cost]
+    busy_s = [0.0 for _ in ranks]
+    for rank, cost, count in table.counts:
+        busy_s[rank] += count * costs_s[cost]
+    idle_s = [max(0.0, clocks_s[rank] - begins_s[rank] - busy_s[rank]) for rank in ranks]
+    return Timeline(starts_s, busy_s, transfer_s, idle_s, clocks_s)

@@ -5,6 +5,8 @@ The parts of a price are those of the pipeline rank that ends the step (`step.ru
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from autoparallel.cost.compute import peak_flops_per_s
 from autoparallel.cost.memory import capacity_bytes, rank_memory, segment_parameters
 from autoparallel.cost.workload import Workload
@@ -62,7 +64,7 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
         )
     if strategy.stages:
         local, strategy = workload.under(strategy)[0]
-        _given_stages(local, strategy)
+        _check_stages(local, strategy)
         return price(workload, strategy)
     if strategy.total_stages > max(1, workload.num_blocks):
         raise ConfigError(
@@ -103,7 +105,8 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         )
 
 
-def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
+def _check_stages(workload: Workload, strategy: Strategy) -> None:
+    """Raise ConfigError for given stages that are none of this model."""
     assert strategy.stages is not None
     bounds = [(plan.first_segment, plan.last_segment) for plan in strategy.stages]
     expected = [0, *(last + 1 for _, last in bounds)]
@@ -123,6 +126,11 @@ def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ..
                 why="a stage takes one level for all of its blocks, or one for each",
                 remedy="give as many as there are blocks; embedding and head are never recomputed",
             )
+
+
+def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
+    _check_stages(workload, strategy)
+    assert strategy.stages is not None
     needed = [sum(rank_memory(workload, strategy, rank=rank).values()) for rank in range(strategy.num_stages)]
     excess_bytes = max(needed) - capacity_bytes(workload)
     if excess_bytes <= 0:
@@ -148,8 +156,7 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
     """Predict the step time and memory of a strategy with stages."""
     assert strategy.stages is not None, "only compiled strategies have a price"
     workload, _ = workload.under(strategy)[0]
-    seconds = [stage_seconds(workload, strategy, plan) for plan in strategy.stages]
-    step = run_step(workload, strategy, seconds)
+    step = run_step(workload, strategy, _all_seconds(workload, strategy, strategy.stages))
     rank, timeline, ties = step.ranks[step.critical], step.timeline, step.ties
     breakdown = Breakdown(
         compute=strategy.num_micro_batches * (rank.forward_s + rank.backward_s),
@@ -171,6 +178,21 @@ def price(workload: Workload, strategy: Strategy) -> Estimate:
         replicated_s=strategy.num_micro_batches * rank.replicated_s,
         stages=tuple(_stage_estimate(workload, strategy, i, rank) for i, rank in enumerate(step.ranks)),
     )
+
+
+def _all_seconds(workload: Workload, strategy: Strategy, plans: tuple[StagePlan, ...]) -> list[StageSeconds]:
+    """Of every stage, once for those that are alike."""
+    shared = {segment for parameters in workload.shared for segment in parameters.segments}
+    found: dict[Hashable, StageSeconds] = {}
+    keys: list[Hashable] = []
+    for plan in plans:
+        segments = slice(plan.first_segment, plan.last_segment + 1)
+        alone = shared.isdisjoint(range(plan.first_segment, plan.last_segment + 1))
+        of_segments = (workload.segment_classes[segments], workload.parameters[segments], workload.addends[segments])
+        keys.append((*of_segments, plan.recomputation) if alone else plan)
+        if keys[-1] not in found:
+            found[keys[-1]] = stage_seconds(workload, strategy, plan)
+    return [found[key] for key in keys]
 
 
 def _interval_s(workload: Workload, step_time_s: float) -> tuple[float, float] | None:

@@ -103,7 +103,7 @@ class Ranges:
     @cached_property
     def _windows_ps(self) -> tuple[Array, Array]:
         """[segment]: forward and backward, as far as they hide collectives."""
-        room = windows(self.workload, self.strategy)
+        room = windows(self.workload, self.strategy, range(self.num_segments))
         forward, backward = ([_ps(window[i]) for window in room] for i in (0, 1))
         return np.array(forward, dtype=np.int64), np.array(backward, dtype=np.int64)
 

@@ -11,8 +11,9 @@ segment's share, which has nothing beside it:
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import add, attrgetter
 from typing import NamedTuple
 
 from autoparallel.cost.collectives import Topology
@@ -189,7 +190,10 @@ class StageSeconds:
         return self.weight_gradient_s + self.backward_reduce_s
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return StageSeconds(*map(add, _values(self), _values(other)))
+
+
+_values = attrgetter(*(field.name for field in fields(StageSeconds)))
 
 
 def with_head(workload: Workload, first: int) -> list[int]:
@@ -208,12 +212,11 @@ class Window(NamedTuple):
     backward_s: float
 
 
-def windows(workload: Workload, strategy: Strategy) -> list[Window]:
-    """Of every segment: what its collectives of data parallelism can hide behind; nothing where they cannot."""
-    size, none = strategy.batch_per_device, Window(0.0, 0.0)
+def windows(workload: Workload, strategy: Strategy, segments: range) -> list[Window]:
+    """Of each segment: what its collectives of data parallelism can hide behind; nothing where they cannot."""
     if not overlaps(workload):
-        return [none] * len(workload.segment_classes)
-    costs = [workload.cost(segment, size) for segment in range(len(workload.segment_classes))]
+        return [Window(0.0, 0.0)] * len(segments)
+    costs = [workload.cost(segment, strategy.batch_per_device) for segment in segments]
     return [Window(c.forward_s + c.forward_comm_s, c.backward_s + c.backward_comm_s) for c in costs]
 
 
@@ -237,7 +240,7 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
         kept = set(with_head(workload, plan.first_segment))
     shown = _Exposed()
-    room = windows(workload, strategy)[plan.first_segment : plan.last_segment + 1]
+    room = windows(workload, strategy, segments)
     for segment, gather_s, reduce_s, window in zip(segments, gathers_s, reduces_s, room, strict=True):
         again_s = 0.0 if segment in kept else gather_s
         shown.add(sharding, gather_s, again_s, reduce_s, window)

@@ -15,8 +15,7 @@ from operator import add
 
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Strategy
-from autoparallel.schedule.actions import actions
-from autoparallel.schedule.simulate import Timeline, simulate
+from autoparallel.schedule.simulate import Timeline, simulate, timetable_of
 from autoparallel.search.stage_times import Overheads, StageSeconds
 
 
@@ -76,7 +75,7 @@ def _timeline(
     entering = [workload.cost(p.first_segment, strategy.batch_per_device).input_bytes for p in strategy.stages[1:]]
     topology = Overheads(workload, strategy).topology
     return simulate(
-        actions(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages),
+        timetable_of(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages),
         cost_s={
             "F": [stage.forward_action_s for stage in seconds],
             "B": [stage.backward_action_s for stage in seconds],

@@ -20,6 +20,8 @@ class Practice:
     """The lowest distribute_param at which gradients are reduced, and parameters gathered, beside compute."""
     fused: bool = True
     """Element-wise kernels are merged: by a compiler, or written so by hand."""
+    merged_norms: bool = False
+    """Of all element-wise kernels, those of normalisations are merged."""
     merged_loss: bool = True
     """The loss is one kernel with the cast of the logits."""
     attention: Attention = "flash"
@@ -79,10 +81,10 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("deepspeed",),
-        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: communication dtype is that of compute; the rates of "
-        "its ZeRO-3 in table 2 of arXiv 2104.04473 (144, 88, 44 TFLOP/s on 384, 768, 1,536 GPUs) are those of gathers "
-        "that hide behind nothing; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host time that "
-        "the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
+        "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: communication dtype is that of compute; the rates "
+        "of its ZeRO-3 in table 2 of arXiv 2104.04473 (144, 88, 44 TFLOP/s on 384, 768, 1,536 GPUs) are those of "
+        "gathers that hide behind nothing; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host "
+        "time that the smallest of vTrain's runs have (3.4 to 3.7 ms a layer however few the tokens)",
         overlaps_from=NEVER,
         gathers_each_parameter=True,
         sums_half=True,
@@ -93,8 +95,12 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("aa-scaling", "aleph"),
-        "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; that 13B in bf16 fits on one GPU "
-        "says that gradients are bf16 too",
+        "Hagemann et al., arXiv 2311.05610, section 3: ZeRO-1, flash attention, bf16; Aleph-Alpha/scaling, "
+        "src/scaling/core/optimizer/optimizer.py: gradients in the compute dtype, reduced after the last backward and "
+        "copied to fp32, PyTorch's AdamW on one tensor, parameters gathered after it",
+        overlaps_from=NEVER,
+        gathers_ahead=False,
+        optimizer_workspace_bytes=8,
         merged_loss=False,
         fused=False,
         distribute_param=1,
@@ -150,11 +156,14 @@ PRACTICES: tuple[Practice, ...] = (
     ),
     Practice(
         ("internlm", "internevo"),
-        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; flash-attn 1 among its "
-        "requirements; hybrid_zero_optim.py: gradients of a rank flattened and copied to fp32, AdamW tensor by tensor, "
-        "all of a rank one tensor, with two more of its size",
+        "InternLM's configs/7B_sft.py: overlap_sync_grad on, overlap_sync_param off; gradients in the compute "
+        "dtype; flash-attn 1 among its requirements, SiLU and product apart; hybrid_zero_optim.py: gradients of a rank "
+        "flattened and copied to fp32, AdamW tensor by tensor, all of a rank one tensor, with two more of its size",
         flash="flash-1",
-        optimizer_workspace_bytes=12,
+        merged_norms=True,
+        fused=False,
+        gradient_dtype="bfloat16",
+        optimizer_workspace_bytes=14,
         gathers_ahead=False,
         gathers_each_parameter=True,
         distribute_param=1,

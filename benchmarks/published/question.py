@@ -40,6 +40,7 @@ class Options:
     dtype: str
     attention: Attention
     fused: bool
+    merged_norms: bool
     merged_loss: bool
     overlap: bool
     gathers_ahead: bool
@@ -220,12 +221,14 @@ def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
     if not kernel:
         assumptions.append(f"attention_kernel is not stated: {practice.attention}")
     unfused = any(word in kernel for word in ("unfused", "no flash", "eager", "math", "naive"))
-    merged = re.search(r"\b(merged|fused)\b", f"{run.said} {kernel}") is not None
+    merged = re.search(r"\b(merged|fused)\b", run.said) is not None
+    of_norms = re.search(r"norm\w*( is| are)? (merged|fused)|(merged|fused) \w*norm", run.said)
     dtype = _dtype(run.precision, assumptions)
     return Options(
         dtype=dtype,
         attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
-        fused=practice.fused or merged if run.compile is None else run.compile,
+        fused=practice.fused or (merged and not of_norms) if run.compile is None else run.compile,
+        merged_norms=practice.merged_norms or of_norms is not None,
         merged_loss=practice.merged_loss or bool(run.compile),
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
