@@ -37,10 +37,10 @@ ALIGNMENT_BYTES = 16
 """Rows of operands that are no multiple of it are read in pieces."""
 ATTENTION_FILL = 450.0
 """Keys whose time a GPU's fused attention loses at the ends of a row and in the tiles on the diagonal: of the rate for
-long rows it reaches half at 512 keys, two thirds at 1,024 (figures 4 to 6 of arXiv 2307.08691)."""
+long rows it reaches about half at 512 keys and two thirds at 1,024 (figures 4 and 5 of arXiv 2307.08691)."""
 FIRST_FLASH = 0.55
-"""Rate of the first FlashAttention kernel over that of the second (its authors' figures: 0.5 to 0.6, arXiv 2307.08691,
-section 4.1)."""
+"""Rate of the first FlashAttention kernel over that of the second, which its authors measure to be 1.7 to 3 times as
+fast (arXiv 2307.08691, section 4.1)."""
 UNALIGNED = 0.6
 """Share of the rate that is left then (assumed; NVIDIA's guide names the requirement, not its price)."""
 UNALIGNED_PRODUCTS = 0.07

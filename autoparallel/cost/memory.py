@@ -38,8 +38,8 @@ def capacity_bytes(workload: Workload) -> int:
 
 def rank_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
     """Bytes per device at the peak of a training step, by part; the strategy's `stages` must be filled."""
-    moments = (backward_memory(workload, strategy, rank=rank), _update_memory(workload, strategy, rank=rank))
-    return max(moments, key=lambda parts: sum(parts.values()))
+    found = (backward_memory(workload, strategy, rank=rank), _update_memory(workload, strategy, rank=rank))
+    return max(found, key=lambda parts: sum(parts.values()))
 
 
 def backward_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:

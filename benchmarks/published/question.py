@@ -27,8 +27,8 @@ DTYPES = (
 """By a word of the row's precision; of two that are named, the first of this list."""
 
 
-BLOCKS_OF_WHICH_ONE_IS_KEPT = 4
-"""At most, where selective checkpointing recomputes some blocks and not others, as fms-fsdp does: every n-th."""
+BLOCKS_IN_TURN = 4
+"""At most, where selective checkpointing recomputes some of so many blocks and not the others, as fms-fsdp does."""
 ROOM_FOR_ACTIVATIONS = 0.1
 """Of the memory, at least."""
 
@@ -193,9 +193,9 @@ def _recomputation(run: Run, assumptions: list[str]) -> tuple[Recomputation, flo
         if share < 0.05:
             return "none", 0.0
         if share < 0.9:
-            one_of = Fraction(share).limit_denominator(BLOCKS_OF_WHICH_ONE_IS_KEPT)
-            assumptions.append(f"{one_of} of the blocks are recomputed, by the ratio of hfu and mfu")
-            return "full", float(one_of)
+            part = max(Fraction(share).limit_denominator(BLOCKS_IN_TURN), Fraction(1, BLOCKS_IN_TURN))
+            assumptions.append(f"{part} of the blocks are recomputed, by the ratio of hfu and mfu")
+            return "full", float(part)
         return "full", 1.0
     if name in UNSTATED:
         assumptions.append("recompute is not stated: as little as fits")
