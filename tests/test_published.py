@@ -19,6 +19,7 @@ from benchmarks.published.measured import step_time
 from benchmarks.published.practices import PRACTICES, practice_of
 from benchmarks.published.question import Question, question_of
 from benchmarks.published.rows import Measured, Run, Unexpressed, Unread, read_run, read_runs
+from benchmarks.scores.price import price
 
 PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "published"
 LLAMA = {"family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "ffn_hidden": 11008, "vocab": 32000,
@@ -236,7 +237,46 @@ def test_both_utilisations_say_how_much_is_recomputed() -> None:
     assert question(recompute="selective").strategy.recomputation == "selective"
 
 
+def test_some_blocks_of_few_in_turn_are_recomputed() -> None:
+    """Utilisations are rounded: shares are those of one to four blocks, and never none."""
+    for mfu, hfu, full in ((0.48, 0.51, 8), (0.48, 0.53, 11), (0.48, 0.58, 22), (0.48, 0.60, 24)):
+        strategy = question(recompute="selective", measured={"mfu": mfu, "hfu": hfu}).strategy
+        levels = [level for stage in strategy.stages or () for level in stage.recomputation]
+        assert levels.count("full") == pytest.approx(full, abs=1)
+
+
+def test_what_is_not_stated_of_recomputation_is_as_little_as_fits() -> None:
+    """A 13B model with 32 sequences at once keeps too much on one GPU, and some blocks less."""
+    large = {**LLAMA, "layers": 40, "hidden": 5120, "heads": 40, "ffn_hidden": 13824}
+    changes = {"model": large, "n_gpus": 8, "tp": 1, "pp": 1, "zero": 3, "global_batch": 64, "micro_batch": 8}
+    stated, unstated = (question(**changes, recompute=recompute) for recompute in ("none", ""))
+    capacity = stated.flavor.memory_bytes
+    assert stated.if_too_large is None
+    assert unstated.if_too_large is not None
+    keeps, fits = (price(each).stages[0].peak_memory_bytes for each in (stated, unstated))
+    assert fits <= capacity < keeps
+    assert price(unstated).breakdown_s.recompute > 0
+    assert question(**changes, recompute="", outcome="out of memory").if_too_large is None
+
+
+def test_pipelines_of_nemo_are_interleaved_unless_stated() -> None:
+    nemo, megatron = (question(framework=name, virtual_stages=None) for name in ("NeMo 24.07", "Megatron-LM"))
+    assert (nemo.strategy.schedule, nemo.strategy.virtual_stages) == ("interleaved", 4)
+    assert (megatron.strategy.schedule, megatron.strategy.virtual_stages) == ("1f1b", 1)
+    assert question(framework="NeMo 24.07", virtual_stages=1).strategy.schedule == "1f1b"
+
+
+def test_gradients_of_fp16_runs_are_summed_as_their_frameworks_do() -> None:
+    assert question(precision="fp16").options.gradient_dtype == "float16"
+    assert question(precision="bf16").options.gradient_dtype is None
+    assert question(precision="fp16", framework="NeMo 24.07").options.gradient_dtype == "bfloat16"
+
+
 def test_words_of_a_row_count() -> None:
+    norms = question(framework="AA-Scaling", notes="RMS normalization merged").options
+    assert (norms.fused, norms.merged_norms) == (False, True)
+    merged = question(framework="AA-Scaling", notes="element-wise kernels fused").options
+    assert (merged.fused, merged.merged_norms) == (True, False)
     assert question(tp=1, pp=1, notes="states sharded over 8 GPUs").strategy.shard_group_size == 8
     assert question(tp=1, pp=1, notes="hybrid sharding (HSDP)").strategy.shard_group_size == 8
     assert question(tp=1, pp=1, notes="sharded over all replicas").strategy.shard_group_size is None
