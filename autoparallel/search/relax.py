@@ -135,9 +135,8 @@ class Relaxation:
         what the rank needs beyond its `least` parameters and gradients.
         """
         memory, held = backward_memory(self.workload, cut, rank=rank), in_flight_bytes(self.workload, cut, rank)
-        changing = memory["parameters"] + memory["gradients"] + memory["workspace"] - least
-        others = sum(memory.values()) - changing - max(size_bytes for _, size_bytes in held)
-        available_bytes = capacity_bytes(self.workload) - others
+        buffers = memory["activations"] - max(size_bytes for _, size_bytes in held)
+        available_bytes = capacity_bytes(self.workload) - least - memory["optimizer"] - memory["reserve"] - buffers
         blocks = cut.stages_of(rank)[virtual].blocks(len(self.workload.segment_classes))
         kept_bytes = sum(self._kind(block, 0)[0].kept_bytes for block in blocks)
         for moment, size_bytes in held:
