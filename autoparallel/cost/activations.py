@@ -28,9 +28,10 @@ def saved_under(ops: list[Op], entering: set[str], size: Size, practice: Practic
     """`saved_bytes` of a program with other kernels: a fused one keeps what enters it and makes the rest again, and
     unfused attention keeps its probabilities (arXiv 2205.05198).
     """
-    total = saved_bytes(ops, entering, **size.local)
     if practice.merges or practice.matmul_dtype is not None:
         total = _saved_by_kernels(ops, entering, size, practice)
+    else:
+        total = saved_bytes(ops, entering, **size.local)
     if not practice.keeps_gathered:
         total -= _gathered_bytes(ops, size)
     return total + attention_core_bytes(ops, size, practice)

@@ -38,11 +38,11 @@ def capacity_bytes(workload: Workload) -> int:
 
 def rank_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
     """Bytes per device at the peak of a training step, by part; the strategy's `stages` must be filled."""
-    found = (backward_memory(workload, strategy, rank=rank), _update_memory(workload, strategy, rank=rank))
+    found = (_backward_memory(workload, strategy, rank), _update_memory(workload, strategy, rank))
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def backward_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
+def _backward_memory(workload: Workload, strategy: Strategy, rank: int) -> dict[str, int]:
     """The same, of the largest moment of forward and backward."""
     moment = max(moments(workload, strategy, strategy.stages_of(rank)), key=lambda moment: moment.total)
     return {
@@ -63,21 +63,26 @@ def update_workspace_bytes(workload: Workload) -> int:
     return 0 if workload.flavor.is_cpu or precision.optimizer_state_bytes == 0 else precision.master_bytes
 
 
-def _update_memory(workload: Workload, strategy: Strategy, *, rank: int) -> dict[str, int]:
+def _update_memory(workload: Workload, strategy: Strategy, rank: int) -> dict[str, int]:
     """The same, while the optimizer steps."""
     counts, precision = segment_parameters(workload, *strategy.stages_of(rank)), workload.precision
-    total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
-    ways = strategy.shard_ways if strategy.distribute_param else 1
-    copied = strategy.distribute_param < 3 if ways > 1 else precision.separate_compute_copy
-    mine = _shard(trainable, ways)
+    mine = _shard(sum(count.trainable for count in counts), strategy.state_ways)
     return {
-        "parameters": _shard(total, ways) * precision.master_bytes + copied * total * precision.compute_bytes,
+        "parameters": _parameter_bytes(workload, strategy, counts),
         "gradients": mine * precision.gradient_bytes,
         "optimizer": mine * precision.optimizer_state_bytes,
         "activations": 0,
         "workspace": mine * update_workspace_bytes(workload),
         "reserve": int(workload.table.reserve_bytes.value),
     }
+
+
+def constant_bytes(workload: Workload, strategy: Strategy, *, rank: int) -> int:
+    """What a rank holds at every moment of forward and backward, whatever its blocks keep and recompute; parameters and
+    gradients left out.
+    """
+    optimizer = _optimizer_bytes(workload, strategy, strategy.stages_of(rank))
+    return optimizer + _buffer_bytes(workload, strategy, rank) + int(workload.table.reserve_bytes.value)
 
 
 def peaks(strategy: Strategy) -> tuple[tuple[InFlight, ...], ...]:
@@ -113,8 +118,22 @@ def segment_parameters(workload: Workload, *plans: StagePlan) -> list[ParameterC
 
 def _optimizer_bytes(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> int:
     trainable = sum(count.trainable for count in segment_parameters(workload, *plans))
-    ways = strategy.shard_ways if strategy.distribute_param else 1
-    return _shard(trainable, ways) * workload.precision.optimizer_state_bytes
+    return _shard(trainable, strategy.state_ways) * workload.precision.optimizer_state_bytes
+
+
+def copy_bytes(workload: Workload, strategy: Strategy) -> tuple[int, int]:
+    """Of each element of a rank's shard (masters), and of each element of its stages (compute copies, unless each
+    segment is gathered when it runs).
+    """
+    precision = workload.precision
+    copied = strategy.distribute_param < 3 if strategy.state_ways > 1 else precision.separate_compute_copy
+    return precision.master_bytes, precision.compute_bytes if copied else 0
+
+
+def _parameter_bytes(workload: Workload, strategy: Strategy, counts: Sequence[ParameterCount]) -> int:
+    total = sum(count.trainable + count.frozen for count in counts)
+    of_shard, of_all = copy_bytes(workload, strategy)
+    return _shard(total, strategy.state_ways) * of_shard + total * of_all
 
 
 class Moment(NamedTuple):
@@ -134,24 +153,20 @@ class Moment(NamedTuple):
 def moments(workload: Workload, strategy: Strategy, plans: Sequence[StagePlan]) -> list[Moment]:
     """All that may be the largest of a rank's stages, beside the states of the optimizer and activations."""
     counts, precision = segment_parameters(workload, *plans), workload.precision
-    total, trainable = sum(c.trainable + c.frozen for c in counts), sum(c.trainable for c in counts)
-    ways, level = strategy.shard_ways, strategy.distribute_param
+    ways, parameters = strategy.state_ways, _parameter_bytes(workload, strategy, counts)
+    trainable, again = sum(count.trainable for count in counts), strategy.num_micro_batches > 1
     transients = {
         segment: _transient_bytes(workload, strategy, plan, segment) for plan in plans for segment in _segments(plan)
     }
-    gradients = trainable * precision.gradient_bytes
-    if ways == 1 or level == 0:
-        copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-        return [Moment(total * copies, gradients, size_bytes, segment) for segment, size_bytes in transients.items()]
-    parameters = _shard(total, ways) * precision.master_bytes + (0 if level == 3 else total * precision.compute_bytes)
-    if level == 1 and strategy.num_micro_batches > 1:
-        return [Moment(parameters, gradients, size_bytes, segment) for segment, size_bytes in transients.items()]
+    if ways == 1 or (strategy.distribute_param == 1 and again):
+        whole = trainable * precision.gradient_bytes
+        return [Moment(parameters, whole, size_bytes, segment) for segment, size_bytes in transients.items()]
     shards = _shard(trainable, ways) * precision.gradient_bytes
     found, start = [], 0
     for plan in plans:
         segments = _segments(plan)
-        stage = _Sharded(precision, counts[start : start + len(segments)], gives_back=level == 3)
-        for gathered, reduced, index in stage.moments(again=strategy.num_micro_batches > 1):
+        stage = _Sharded(precision, counts[start : start + len(segments)], gives_back=strategy.distribute_param == 3)
+        for gathered, reduced, index in stage.moments(again=again):
             segment = None if index is None else segments[index]
             workspace = 0 if segment is None else transients[segment]
             found.append(Moment(parameters + gathered, shards + reduced, workspace, segment))
@@ -194,13 +209,15 @@ def _kept_bytes(workload: Workload, strategy: Strategy, plan: StagePlan, segment
 
 
 def _activation_bytes(workload: Workload, strategy: Strategy, rank: int) -> int:
-    """What a rank's stages keep for every micro-batch in flight, at the worst moment, and buffers of their boundaries:
-    the next input, received ahead, and the gradient that comes back.
-    """
-    plans = strategy.stages_of(rank)
+    """What a rank's stages keep for every micro-batch in flight, at the worst moment, and buffers."""
     peak = max(size_bytes for _, size_bytes in in_flight_bytes(workload, strategy, rank))
-    boundaries = [segment for plan in plans for segment in (plan.first_segment, plan.last_segment + 1)]
-    return peak + sum(_boundary_bytes(workload, strategy, segment) for segment in boundaries)
+    return peak + _buffer_bytes(workload, strategy, rank)
+
+
+def _buffer_bytes(workload: Workload, strategy: Strategy, rank: int) -> int:
+    """At the boundaries of a rank's stages: the next input, received ahead, and the gradient that comes back."""
+    boundaries = [s for plan in strategy.stages_of(rank) for s in (plan.first_segment, plan.last_segment + 1)]
+    return sum(_boundary_bytes(workload, strategy, segment) for segment in boundaries)
 
 
 def in_flight_bytes(workload: Workload, strategy: Strategy, rank: int) -> list[tuple[InFlight, int]]:

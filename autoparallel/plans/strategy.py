@@ -128,6 +128,11 @@ class Strategy(Schema):
         return self.shard_group_size or self.num_replicas
 
     @property
+    def state_ways(self) -> int:
+        """Ranks that the optimizer's states are sharded over; one where each holds all of them."""
+        return self.shard_ways if self.distribute_param > 0 else 1
+
+    @property
     def num_replicas(self) -> int:
         """Ranks that hold the same parameters, and sum their gradients."""
         return self.context_parallel * self.data_parallel

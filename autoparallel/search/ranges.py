@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import peaks, update_workspace_bytes
+from autoparallel.cost.memory import copy_bytes, peaks, update_workspace_bytes
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Recomputation, Strategy
 from autoparallel.search.stage_times import Overheads, windows, with_head
@@ -134,8 +134,8 @@ class Ranges:
         forwarded_bytes = self._kept_bytes + leaving
         held = {(moment.forwarded[virtual], moment.half_done[virtual]) for moment in peaks(self.strategy)[rank]}
         peak: Array = np.maximum.reduce([f * forwarded_bytes + h * self._deferred_bytes for f, h in sorted(held)])
-        peak = np.maximum(self._fixed_bytes + peak + entering + leaving, self._update_bytes)
-        return peak
+        largest: Array = np.maximum(self._fixed_bytes + peak + entering + leaving, self._update_bytes)
+        return largest
 
     @cached_property
     def _input_bytes(self) -> Array:
@@ -156,31 +156,28 @@ class Ranges:
     @cached_property
     def _fixed_bytes(self) -> Array:
         """Parameters, gradients, optimizer states, workspace and reserve: the largest moment of `cost.memory`."""
-        precision, level, ways = self.workload.precision, self.strategy.distribute_param, self.strategy.shard_ways
         transients = [cost.transient_bytes(self._level(i)) for i, cost in enumerate(self.costs)]
         transient = _from_first(np.array(transients, dtype=np.int64))
-        trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
-        reserve = int(self.workload.table.reserve_bytes.value)
-        if ways == 1 or level == 0:
-            copies = precision.master_bytes + (precision.compute_bytes if precision.separate_compute_copy else 0)
-            states = total * copies + trainable * (precision.gradient_bytes + precision.optimizer_state_bytes)
-            return states + _running_max(transient) + reserve
-        sharded = -(-total // ways) * precision.master_bytes + -(-trainable // ways) * precision.optimizer_state_bytes
-        whole = 0 if level == 3 else total * precision.compute_bytes
-        if level == 1 and self.strategy.num_micro_batches > 1:
-            return sharded + whole + trainable * precision.gradient_bytes + _running_max(transient) + reserve
-        return sharded + whole + -(-trainable // ways) * precision.gradient_bytes + self._moments(transient) + reserve
+        gradient_bytes, ways = self.workload.precision.gradient_bytes, self.strategy.state_ways
+        trainable = self.trainable.cumsum(axis=1)
+        if ways == 1 or (self.strategy.distribute_param == 1 and self.strategy.num_micro_batches > 1):
+            return self._state_bytes + trainable * gradient_bytes + _running_max(transient)
+        return self._state_bytes + -(-trainable // ways) * gradient_bytes + self._moments(transient)
 
     @cached_property
     def _update_bytes(self) -> Array:
         """While the optimizer steps."""
-        precision, strategy = self.workload.precision, self.strategy
-        ways = strategy.shard_ways if strategy.distribute_param else 1
-        trainable, total = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1)
-        copied = strategy.distribute_param < 3 if ways > 1 else precision.separate_compute_copy
-        each = precision.gradient_bytes + precision.optimizer_state_bytes + update_workspace_bytes(self.workload)
-        states = -(-total // ways) * precision.master_bytes + -(-trainable // ways) * each
-        return states + copied * total * precision.compute_bytes + int(self.workload.table.reserve_bytes.value)
+        each = self.workload.precision.gradient_bytes + update_workspace_bytes(self.workload)
+        return self._state_bytes + -(-self.trainable.cumsum(axis=1) // self.strategy.state_ways) * each
+
+    @cached_property
+    def _state_bytes(self) -> Array:
+        """Parameters, optimizer states and reserve."""
+        trainable, total, ways = self.trainable.cumsum(axis=1), self.total.cumsum(axis=1), self.strategy.state_ways
+        of_shard, of_all = copy_bytes(self.workload, self.strategy)
+        optimizer = -(-trainable // ways) * self.workload.precision.optimizer_state_bytes
+        reserve = int(self.workload.table.reserve_bytes.value)
+        return -(-total // ways) * of_shard + total * of_all + optimizer + reserve
 
     def _moments(self, transient: Array) -> Array:
         """The largest of what a stage gathers, reduces and works with at one time, beside its shards."""

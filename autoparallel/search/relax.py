@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.memory import backward_memory, capacity_bytes, in_flight_bytes, moments
+from autoparallel.cost.memory import capacity_bytes, constant_bytes, in_flight_bytes, moments
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Recomputation, StagePlan, Strategy
 from autoparallel.search.ranges import PICO
@@ -134,12 +134,10 @@ class Relaxation:
         """At each moment, the micro-batches that the stage has in flight, and what its blocks may keep for them and for
         what the rank needs beyond its `least` parameters and gradients.
         """
-        memory, held = backward_memory(self.workload, cut, rank=rank), in_flight_bytes(self.workload, cut, rank)
-        buffers = memory["activations"] - max(size_bytes for _, size_bytes in held)
-        available_bytes = capacity_bytes(self.workload) - least - memory["optimizer"] - memory["reserve"] - buffers
+        available_bytes = capacity_bytes(self.workload) - constant_bytes(self.workload, cut, rank=rank) - least
         blocks = cut.stages_of(rank)[virtual].blocks(len(self.workload.segment_classes))
         kept_bytes = sum(self._kind(block, 0)[0].kept_bytes for block in blocks)
-        for moment, size_bytes in held:
+        for moment, size_bytes in in_flight_bytes(self.workload, cut, rank):
             in_flight = moment.forwarded[virtual]
             if in_flight:
                 yield in_flight, available_bytes - size_bytes + in_flight * kept_bytes

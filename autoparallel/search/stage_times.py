@@ -64,7 +64,7 @@ class Overheads:
 
     @cached_property
     def sharding(self) -> Sharding:
-        return SHARDING[self.strategy.distribute_param if self.strategy.shard_ways > 1 else 0]
+        return SHARDING[self.strategy.distribute_param if self.strategy.state_ways > 1 else 0]
 
     @cached_property
     def replicas(self) -> dict[str, int]:
@@ -134,8 +134,7 @@ class Overheads:
 
     def held(self, elements: int) -> int:
         """Elements in the largest shard of what is sharded over replicas."""
-        ways = self.strategy.shard_ways if self.strategy.distribute_param > 0 else 1
-        return -(-elements // ways)
+        return -(-elements // self.strategy.state_ways)
 
 
 @dataclass(frozen=True)
