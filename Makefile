@@ -46,6 +46,9 @@ bench-self: install ## profile this machine, then predicted beside measured step
 bench-accuracy: install ## prices beside published training runs: step time, memory, plan choice
 	$(BIN)/python benchmarks/accuracy.py
 
+bench-search: install ## how long planning takes, and plans beside those of other planners' spaces
+	$(BIN)/python benchmarks/search.py
+
 fit: install ## fit the cost tables to published training runs
 	$(BIN)/python benchmarks/fit.py
 
@@ -61,4 +64,4 @@ format: install ## rewrite the code in the one format
 wheel: install ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: help install demo test test-all exhaustive bench-speed bench-self bench-accuracy fit check format wheel
+.PHONY: help install demo test test-all exhaustive bench-speed bench-self bench-accuracy bench-search fit check format wheel

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autoparallel.plans.estimate import Estimate
     from autoparallel.plans.plan import Plan
     from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
+    from autoparallel.questions import scaling, which_flavor
     from autoparallel.runtime.module import ParallelModule
 
 __version__ = "0.1.0"
@@ -35,6 +36,8 @@ _HOME = {
     "Plan": "plans.plan",
     "StagePlan": "plans.strategy",
     "Strategy": "plans.strategy",
+    "scaling": "questions",
+    "which_flavor": "questions",
 }
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "estimate",
     "plan",
     "program",
+    "scaling",
+    "which_flavor",
 ]
 
 

@@ -5,11 +5,12 @@ model + batch shape → Program → Graph → Workload → candidates → Plan �
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import autoparallel
@@ -21,6 +22,7 @@ from autoparallel.errors import ConfigError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import Graph
 from autoparallel.ir.precision import Precision, choose_precision
+from autoparallel.plans import cache
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.plan import ModelSummary, Plan
 from autoparallel.plans.strategy import Constraints, Strategy
@@ -43,26 +45,75 @@ def plan(
     dtype: str = "auto",
     constraints: Constraints | None = None,
     workers: int | None = None,
+    budget_s: float | None = None,
 ) -> Plan:
     """Find the cheapest way to train `model` on `flavor`, without a GPU and without weights.
 
     `model` is an HF causal LM (real or on meta), its config, or the path of either; `batch_size` rows of `seq_len`
-    tokens are one step of the whole cluster. Raises NoFeasiblePlanError when nothing fits, ConfigError when the
-    question cannot be asked.
+    tokens are one step of the whole cluster. After `budget_s` seconds the search ends with the best so far, and
+    `Plan.gap` says what is proved of it; without such a budget, a question that was asked before is answered from the
+    cache. Raises NoFeasiblePlanError when nothing fits, ConfigError when the question cannot be asked.
     """
-    resolved, constraints = resolve_flavor(flavor), constraints or Constraints()
-    precision = choose_precision(
-        resolved, dtype=dtype, model_dtype=_model_dtype(model), mixed_precision=constraints.mixed_precision
-    )
-    return plan_program(
-        _capture(model, precision),
-        resolved,
+    return plan_asked(
+        Asked(model),
+        flavor,
         batch_size=batch_size,
         seq_len=seq_len,
-        precision=precision,
+        dtype=dtype,
         constraints=constraints,
         workers=workers,
+        budget_s=budget_s,
     )
+
+
+class Asked:
+    """A model that several questions are asked of: it is captured when a plan has to be made, once in each dtype."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._programs: dict[str, Program] = {}
+
+    @cached_property
+    def dtype(self) -> str:
+        return _model_dtype(self.model)
+
+    def program(self, precision: Precision) -> Program:
+        """Its graph is what counts: its module need not hold every block."""
+        name = precision.compute_dtype
+        if name not in self._programs:
+            self._programs[name] = _capture(self.model, precision)
+        return self._programs[name]
+
+
+def plan_asked(
+    asked: Asked,
+    flavor: FlavorLike,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str = "auto",
+    constraints: Constraints | None = None,
+    workers: int | None = None,
+    budget_s: float | None = None,
+) -> Plan:
+    """As `plan`. The answer to a question that was asked before comes from the cache, and nothing is captured."""
+    resolved, constraints = resolve_flavor(flavor), constraints or Constraints()
+    question: dict[str, Any] = {
+        "flavor": resolved, "batch_size": batch_size, "seq_len": seq_len, "constraints": constraints,
+    }  # fmt: skip
+    table = load_table(resolved.device)
+    kept = budget_s is None and not read_settings().dump
+    key = cache.key_of(asked.model, table=table, dtype=dtype, **question) if kept else None
+    found = cache.read(key, **question) if key is not None else None
+    if found is not None:
+        return found.asked_for(asked.model)
+    precision = choose_precision(
+        resolved, dtype=dtype, model_dtype=asked.dtype, mixed_precision=constraints.mixed_precision
+    )
+    made = plan_program(asked.program(precision), **question, precision=precision, workers=workers, budget_s=budget_s)
+    if key is not None:
+        cache.write(key, made)
+    return made
 
 
 def plan_program(
@@ -74,9 +125,38 @@ def plan_program(
     precision: Precision,
     constraints: Constraints,
     workers: int | None = None,
+    budget_s: float | None = None,
 ) -> Plan:
     """Plan for a captured program: price its segments, search, select."""
-    import torch
+    made, workload = plan_graph(
+        program.graph,
+        flavor,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        precision=precision,
+        constraints=constraints,
+        workers=workers,
+        budget_s=budget_s,
+    )
+    _dump("10_capture.txt", lambda: program.module.print_readable(print_output=False))
+    _dump("20_annotate.txt", lambda: "\n".join(str(op) for op in program.graph.ops()))
+    _dump("30_price.json", lambda: workload.model_dump_json(indent=1))
+    _dump("40_plan.json", made.to_json)
+    return made
+
+
+def plan_graph(
+    graph: Graph,
+    flavor: Flavor,
+    *,
+    batch_size: int,
+    seq_len: int,
+    precision: Precision,
+    constraints: Constraints,
+    workers: int | None = None,
+    budget_s: float | None = None,
+) -> tuple[Plan, Workload]:
+    """The same for its graph alone, with the prices that the plan was made of."""
     from loguru import logger
 
     from autoparallel.search.select import search, select_best_graph_from_candidates
@@ -84,7 +164,7 @@ def plan_program(
     table = load_table(flavor.device)
     logger.info("Got cost table {} from cost_models.", table.name)
     workload = _workload(
-        program.graph,
+        graph,
         flavor,
         table,
         batch_size=batch_size,
@@ -92,13 +172,13 @@ def plan_program(
         precision=precision,
         constraints=constraints,
     )
-    candidates = search(workload, constraints, workers=workers)
-    chosen = select_best_graph_from_candidates(candidates, workload=workload, constraints=constraints)
+    found = search(workload, constraints, workers=workers, budget_s=budget_s)
+    chosen = select_best_graph_from_candidates(found.candidates, workload=workload, constraints=constraints)
     assert chosen.estimate is not None
     made = Plan(
         autoparallel_version=autoparallel.__version__,
-        torch_version=torch.__version__.split("+")[0],
-        model=_summary(program),
+        torch_version=importlib.metadata.version("torch").split("+")[0],
+        model=_summary(graph),
         flavor=flavor,
         constraints=constraints,
         batch_size=batch_size,
@@ -106,17 +186,16 @@ def plan_program(
         precision=precision,
         strategy=chosen.strategy,
         estimate=chosen.estimate,
-        candidates=tuple(candidates),
-        notes=_notes(program, workload, chosen.strategy),
+        bound_s=found.bound_s,
+        num_candidates=found.num_candidates,
+        candidates=tuple(found.candidates),
+        pruned=tuple(found.pruned),
+        notes=_notes(graph, workload, chosen.strategy),
         assumptions=tuple(
             f"{path} = {figure.value:g} {figure.unit} ({figure.source})" for path, figure in table.assumed()
         ),
     )
-    _dump("10_capture.txt", lambda: program.module.print_readable(print_output=False))
-    _dump("20_annotate.txt", lambda: "\n".join(str(op) for op in program.graph.ops()))
-    _dump("30_price.json", lambda: workload.model_dump_json(indent=1))
-    _dump("40_plan.json", made.to_json)
-    return made
+    return made.asked_for(graph), workload
 
 
 def estimate(
@@ -232,9 +311,9 @@ def program(model: Any, plan: Plan, *, rank: int = 0, virtual_stage: int = 0) ->
         raise ConfigError(
             f"virtual stage {virtual_stage} does not exist", why=f"a rank has {plan.strategy.virtual_stages}"
         )
-    ranks_per_stage = plan.strategy.data_parallel * plan.strategy.tensor_parallel
-    stages = plan.strategy.stages_of(rank // ranks_per_stage)
-    member = Member(SplitGraph.of_strategy(captured.graph, plan.strategy), rank % plan.strategy.tensor_parallel)
+    place = plan.strategy.place_of(rank)
+    stages = plan.strategy.stages_of(place.stage)
+    member = Member(SplitGraph.of_strategy(captured.graph, plan.strategy), place.tensor_index)
     tensors = local_tensors(captured, member)
     module = emit_stage(captured, stages[virtual_stage], lambda name: tensors[name], member=member)
     if splits_backward(plan.strategy.schedule, plan.strategy.num_stages):
@@ -322,17 +401,23 @@ def _or_setting(flavor: FlavorLike) -> FlavorLike:
 
 
 def _capture(model: Any, precision: Precision) -> Program:
+    """For planning."""
     import torch
     from loguru import logger
 
-    from autoparallel.capture.program import capture
+    from autoparallel.capture.program import capture_for_planning
 
     start = time.perf_counter()
     as_it_is = precision.compute_dtype == _model_dtype(model)
-    captured = capture(model, dtype=None if as_it_is else getattr(torch, precision.compute_dtype))
-    num_ops = captured.graph.dag.number_of_nodes()
+    captured = capture_for_planning(model, dtype=None if as_it_is else getattr(torch, precision.compute_dtype))
+    graph, num_traced = captured.graph, captured.num_traced_blocks
     logger.info(
-        "Captured {} ({} ops) in {:.0f} [ms]", captured.graph.architecture, num_ops, (time.perf_counter() - start) * 1e3
+        "Captured {} ({}{} blocks, {} ops) in {:.0f} [ms]",
+        graph.architecture,
+        "" if num_traced is None else f"{num_traced} of ",
+        graph.num_segments - 2,
+        graph.dag.number_of_nodes(),
+        (time.perf_counter() - start) * 1e3,
     )
     for note in captured.graph.notes:
         logger.info("{}", note)
@@ -353,21 +438,22 @@ def _workload(
 ) -> Workload:
     """Of all strategies that the constraints allow, or of one."""
     from autoparallel.cost.segments import build_workload
-    from autoparallel.space.candidates import enumerate_strategies, tensor_degrees
+    from autoparallel.space.candidates import enumerate_space, tensor_degrees
 
     if only is not None:
         degrees, micro_batch_sizes = [only.tensor_parallel], [only.batch_per_device]
     else:
-        degrees = tensor_degrees(flavor.num_devices, flavor.devices_per_host, constraints)
-        strategies = enumerate_strategies(
+        degrees = tensor_degrees(flavor.num_devices, constraints)
+        space = enumerate_space(
             num_devices=flavor.num_devices,
             batch_size=batch_size,
             num_blocks=graph.num_segments - 2,
             constraints=constraints,
             tensor_degrees=degrees,
             seq_len=seq_len,
+            devices_per_host=flavor.devices_per_host,
         )
-        micro_batch_sizes = [strategy.batch_per_device for strategy in strategies]
+        micro_batch_sizes = [shape.batch_per_device for shape in (*space.shapes, *space.too_many_stages)]
     return build_workload(
         graph,
         flavor,
@@ -375,7 +461,7 @@ def _workload(
         batch_size=batch_size,
         seq_len=seq_len,
         micro_batch_sizes=micro_batch_sizes,
-        memory_ratio=constraints.memory_ratio,
+        memory_ratio=constraints.usable_ratio(flavor.memory_bytes),
         precision=precision,
         tensor_degrees=[degree for degree in degrees if degree > 1],
         practice=practice,
@@ -383,15 +469,14 @@ def _workload(
     )
 
 
-def _notes(program: Program, workload: Workload, strategy: Strategy) -> tuple[str, ...]:
+def _notes(graph: Graph, workload: Workload, strategy: Strategy) -> tuple[str, ...]:
     """What a reader of the plan should know beside its numbers."""
     whole = [target for variant in workload.under(strategy)[0][0].variants for target in variant.without_rule]
     computed = f"without a rule of tensor parallelism, computed whole by every rank: {', '.join(whole)}"
-    return (*program.graph.notes, *([computed] if strategy.tensor_parallel > 1 and whole else []))
+    return (*graph.notes, *([computed] if strategy.tensor_parallel > 1 and whole else []))
 
 
-def _summary(program: Program) -> ModelSummary:
-    graph = program.graph
+def _summary(graph: Graph) -> ModelSummary:
     return ModelSummary(
         name=graph.model_name,
         architecture=graph.architecture,

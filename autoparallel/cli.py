@@ -5,19 +5,25 @@ Imports stay inside the commands, so that `--help`, `flavors` and `explain` neve
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from typer.core import TyperGroup
 
 from autoparallel.errors import AutoParallelError, ConfigError
+from autoparallel.plans.strategy import Constraints
+from autoparallel.plans.words import parse_constraints
 
 if TYPE_CHECKING:
     from autoparallel.plans.plan import Plan
@@ -25,6 +31,14 @@ if TYPE_CHECKING:
 GIB = 2**30
 PACKAGES = ("autoparallel", "torch", "transformers", "numpy", "pydantic", "networkx", "safetensors", "typer")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face config or model; no weights are read.")]
+FlavorName = Annotated[str, typer.Option(help="Hardware: a name from `flavors`, 8xGPU, NODESx8xGPU or cpu:N.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step, over all devices.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a row.")]
+Dtype = Annotated[str, typer.Option(help="Compute dtype; auto takes what the hardware does best.")]
+Budget = Annotated[float | None, typer.Option("--budget", min=0.0, help="Seconds to search for each plan, about.")]
 
 
 class _Group(TyperGroup):
@@ -48,6 +62,32 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
+def _with_constraints(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for each field of `Constraints`, which it takes as `constraints`."""
+    plain = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "constraints"]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None, typer.Option(help=field.description, rich_help_panel="Constraints", show_default=False)
+            ],
+        )
+        for name, field in Constraints.model_fields.items()
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: value for name in Constraints.model_fields if (value := values.pop(name)) is not None}
+        command(**values, constraints=parse_constraints(given))
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in plain] + options
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
 app = typer.Typer(cls=_Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -59,12 +99,14 @@ def options(
 
 
 @app.command("plan")
+@_with_constraints
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face config or model; no weights are read.")],
-    flavor: Annotated[str, typer.Option(help="Hardware: a name from `flavors`, 8xGPU, NODESx8xGPU or cpu:N.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step, over all devices.")],
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
-    dtype: Annotated[str, typer.Option(help="Compute dtype; auto takes what the hardware does best.")] = "auto",
+    model: Model,
+    flavor: FlavorName,
+    batch_size: BatchSize,
+    seq_len: SeqLen,
+    constraints: Constraints,
+    dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,7 +116,7 @@ def plan_command(
         raise ConfigError(f"{output} cannot be written.", why="it, or its folder, is not writable", remedy=remedy)
     from autoparallel.api import plan
 
-    found: Plan = plan(model, flavor, batch_size=batch_size, seq_len=seq_len, dtype=dtype)
+    found: Plan = plan(model, flavor, batch_size=batch_size, seq_len=seq_len, dtype=dtype, constraints=constraints)
     if output is not None:
         found.save(output)
     _print_plan(found, as_json=as_json)
@@ -83,12 +125,90 @@ def plan_command(
 @app.command()
 def explain(
     plan: Annotated[Path, typer.Argument(help="A plan that was saved as JSON.")],
+    why_not: Annotated[
+        str | None, typer.Option(help="Ask about one other way instead, such as tensor_parallel=8; needs --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the plan's model or its config.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a saved plan chose, what it is predicted to cost, and why not the others."""
     from autoparallel.plans.plan import Plan
 
-    _print_plan(Plan.load(plan), as_json=as_json)
+    loaded = Plan.load(plan)
+    if why_not is None:
+        _print_plan(loaded, as_json=as_json)
+    elif as_json:
+        raise ConfigError("--why-not answers in words only", remedy="leave --json out")
+    else:
+        typer.echo(loaded.explain(why_not=why_not, model=model), nl=False)
+
+
+@app.command()
+@_with_constraints
+def which(
+    model: Model,
+    batch_size: BatchSize,
+    seq_len: SeqLen,
+    constraints: Constraints,
+    flavor: Annotated[
+        list[str] | None, typer.Option(help="Look at this one; may be repeated. Default: MoAI's, and a host of each.")
+    ] = None,
+    price: Annotated[
+        list[str] | None, typer.Option(help="DEVICE=2.5 or FLAVOR=2.5: money for a device-hour; may be repeated.")
+    ] = None,
+    dtype: Dtype = "auto",
+    budget: Budget = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which hardware trains MODEL at the least cost."""
+    from autoparallel.questions import which_flavor
+    from autoparallel.report.compare import which_text
+
+    rows = which_flavor(
+        model,
+        flavor or None,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        dtype=dtype,
+        constraints=constraints,
+        prices=dict(map(_price, price or [])),
+        budget_s=budget,
+    )
+    _print_rows(rows, which_text(rows), as_json=as_json)
+
+
+@app.command()
+@_with_constraints
+def scale(
+    model: Model,
+    flavor: FlavorName,
+    seq_len: SeqLen,
+    constraints: Constraints,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a step, over all devices.")] = None,
+    rows_per_device: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step of each device, instead of --batch-size.")
+    ] = None,
+    devices: Annotated[str, typer.Option(help="Numbers of devices.")] = "8,16,32,64,128,256,512,1024",
+    dtype: Dtype = "auto",
+    budget: Budget = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how fast MODEL trains on more and more devices of one kind."""
+    from autoparallel.questions import scaling
+    from autoparallel.report.compare import scaling_text
+
+    rows = scaling(
+        model,
+        flavor,
+        _counts(devices),
+        batch_size=batch_size,
+        rows_per_device=rows_per_device,
+        seq_len=seq_len,
+        dtype=dtype,
+        constraints=constraints,
+        budget_s=budget,
+    )
+    _print_rows(rows, scaling_text(rows), as_json=as_json)
 
 
 @app.command()
@@ -162,6 +282,27 @@ def main() -> None:
 
 def _print_plan(plan: Plan, *, as_json: bool) -> None:
     typer.echo(plan.to_json() if as_json else plan.explain(), nl=False)
+
+
+def _print_rows(rows: Sequence[BaseModel], text: str, *, as_json: bool) -> None:
+    if as_json:
+        text = json.dumps([row.model_dump(mode="json") for row in rows], indent=1) + "\n"
+    typer.echo(text, nl=False)
+
+
+def _price(word: str) -> tuple[str, float]:
+    name, _, amount = word.rpartition("=")
+    try:
+        return name, float(amount)
+    except ValueError:
+        raise ConfigError(f"{word!r} is no price", why="one is written NAME=MONEY, as H200=2.5") from None
+
+
+def _counts(words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise ConfigError(f"{words!r} are no numbers of devices", remedy="write them as 8,16,32") from None
 
 
 def _flavor_line(fact: dict[str, Any]) -> str:

@@ -17,8 +17,8 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress(description: str, *, total: int) -> Iterator[Advance]:
-    """Show `description`, how many of `total` are done, and a note."""
+def progress(description: str, *, total: int | None) -> Iterator[Advance]:
+    """Show `description`, how many of `total` are done (of an unknown number where it is None), and a note."""
     if not is_shown():
         yield lambda note: None
         return

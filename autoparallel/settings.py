@@ -14,6 +14,7 @@ KNOWN = {
     "WORKERS": "processes that compile candidates; 0 compiles in this process",
     "FLAVOR": "flavor of a program that names none",
     "COST_MODELS": "folder of cost tables that come before ours",
+    "CACHE": "folder of plans that were made before; 0 keeps none",
     "DUMP": "folder that receives what each step of planning made",
     "DEBUG": "1 adds tracebacks to errors",
 }
@@ -29,6 +30,7 @@ class Settings:
     workers: int | None = None
     flavor: str | None = None
     cost_models: str | None = None
+    cache: str | None = None
     dump: str | None = None
     debug: bool = False
 
@@ -44,6 +46,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         workers=_workers(values.get("WORKERS", "")),
         flavor=values.get("FLAVOR") or None,
         cost_models=values.get("COST_MODELS") or None,
+        cache=values.get("CACHE") or None,
         dump=values.get("DUMP") or None,
         debug=values.get("DEBUG", "").casefold() not in ("", "0", "false", "no"),
     )

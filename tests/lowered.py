@@ -23,7 +23,7 @@ def lowered_workload(
     pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision)
     lowered = [split.lowered(s, rank=tensor_index) for _, s in sorted(graph.representatives().items())]
     parameters, shared = local_parameters(graph, lowered)
-    size = strategy.batch_per_device
+    size, stride = strategy.batch_per_device, strategy.stride_of("tp")
     return Workload(
         model_name=graph.model_name,
         fingerprint=graph.fingerprint,
@@ -34,7 +34,7 @@ def lowered_workload(
         memory_ratio=1.0,
         precision=precision,
         segment_classes=graph.segment_classes,
-        costs={size: tuple(pricing.segment_cost(part, size) for part in lowered)},
+        costs={size: tuple(pricing.segment_cost(part, size, stride) for part in lowered)},
         parameters=parameters,
         shared=shared,
         step_flops=1,

@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import autoparallel as ap
+from autoparallel.capture.program import capture
+from autoparallel.cost.flavors import resolve_flavor
+from autoparallel.cost.segments import build_workload
+from autoparallel.cost.tables import load_table
 from autoparallel.errors import AutoParallelError, ConfigError, NoFeasiblePlanError, PlanMismatchError
+from autoparallel.ir.precision import Precision
+from autoparallel.plans.grid import AXES
+from autoparallel.plans.strategy import Strategy
+from autoparallel.search.price import cut_and_price
 from tests.families import FAMILIES
+from tests.strategies import plan_for
 
 
 def question(**changes: Any) -> dict[str, Any]:
@@ -82,6 +93,42 @@ def test_the_program_of_a_tensor_parallel_rank_shows_its_collectives_and_shapes(
     assert held["model.layers.0.mlp.gate_proj.weight"] in {(32, 32), (64, 32)}
     assert "sequence_parallel : True" in text
     assert "all_gather" in block.print_readable(print_output=False)
+
+
+def test_the_program_of_a_rank_is_that_of_its_place() -> None:
+    config = FAMILIES["llama"]()
+    captured = capture(config, dtype=torch.float32)
+    fields: dict[str, Any] = {"num_stages": 2, "tensor_parallel": 2, "data_parallel": 2}
+    usual, other = (Strategy(**fields, mesh_order=order) for order in (None, ("tp", "dp", "pp")))
+    plans = [plan_for(captured, strategy, seq_len=8) for strategy in (usual, other)]
+    ranks = (1, other.rank_of(usual.place_of(1)))
+    assert ranks == (1, 4)
+    one, two = (
+        ap.program(config, plan, rank=rank).print_readable(print_output=False)
+        for plan, rank in zip(plans, ranks, strict=True)
+    )
+    assert one == two
+
+
+def test_tensor_parallel_ranks_cost_more_the_more_hosts_they_cross() -> None:
+    """A workload of all orders prices each as a workload of its own does."""
+    flavor, sizes = resolve_flavor("4x8xH100-SXM5-80GB"), {"batch_size": 32, "seq_len": 64}
+    graph = capture(FAMILIES["llama"](), dtype=torch.bfloat16).graph
+    table, precision = load_table(flavor.device), Precision.of("bfloat16", "float32")
+    drawn = build_workload(
+        graph, flavor, table, **sizes, micro_batch_sizes=[4], memory_ratio=1.0, precision=precision, tensor_degrees=[4]
+    )
+    assert {variant.tensor_stride for variant in drawn.variants} == {1, 4, 8}
+    fields: dict[str, Any] = {"tensor_parallel": 4, "data_parallel": 4, "num_stages": 2, "batch_per_device": 4}
+    comm_s = {}
+    for order in permutations(AXES):
+        strategy = Strategy(**fields, num_micro_batches=2, mesh_order=order)
+        estimate = ap.estimate(graph, flavor, strategy, **sizes)
+        assert cut_and_price(drawn, strategy) == estimate
+        comm_s[strategy.stride_of("tp")] = estimate.breakdown_s.tp_comm
+    assert comm_s[1] == comm_s[2] < comm_s[4] < comm_s[8]
+    over_two_hosts = Strategy(tensor_parallel=16, data_parallel=2, batch_per_device=16)
+    assert ap.estimate(graph, flavor, over_two_hosts, **sizes).breakdown_s.tp_comm > 0
 
 
 def check_message(error: AutoParallelError, *parts: str) -> None:

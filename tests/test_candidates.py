@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoparallel.errors import ConfigError
-from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
+from autoparallel.plans.strategy import Constraints, Strategy
 from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies, tensor_degrees
 
 
@@ -71,9 +71,10 @@ def test_virtual_stages_are_few_and_have_blocks() -> None:
 
 def test_order_is_canonical() -> None:
     found = strategies()
-    key = [(s.num_stages, s.batch_per_device, RECOMPUTATION_LEVELS[s.recomputation], s.distribute_param) for s in found]
+    key = [(s.num_stages, s.batch_per_device, s.distribute_param) for s in found]
     assert key == sorted(key)
-    assert found[0] == Strategy(data_parallel=4, batch_per_device=1, num_micro_batches=2)
+    first = Strategy(data_parallel=4, num_micro_batches=2, recomputation="full", least_recomputation="none")
+    assert found[0] == first
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,6 @@ def test_order_is_canonical() -> None:
             {"schedule": "zero_bubble"},
             lambda s: s.schedule == "zero_bubble" or 1 in (s.num_stages, s.num_micro_batches),
         ),
-        ({"activation_recomputation": False}, lambda s: s.recomputation == "none"),
         ({"distribute_parameter": True}, lambda s: s.distribute_param > 0 or s.data_parallel == 1),
         ({"distribute_parameter": False}, lambda s: s.distribute_param == 0),
         ({"distribute_parameter": 3}, lambda s: s.distribute_param == 3 or s.data_parallel == 1),
@@ -104,8 +104,8 @@ def test_a_constraint_narrows_and_never_adds(constraint: dict[str, Any], allowed
 @pytest.mark.parametrize(
     ("wanted", "ranges"),
     [
-        ("auto", ["none", "none to selective", "none to full"]),
-        (True, ["selective", "selective to full"]),
+        ("auto", ["none to full"]),
+        (True, ["selective to full"]),
         (False, ["none"]),
         ("none", ["none"]),
         ("selective", ["selective"]),
@@ -155,11 +155,11 @@ def test_the_remedy_works(devices: int, batch: int) -> None:
 
 
 def test_tensor_parallel_degrees_tile_a_host() -> None:
-    assert tensor_degrees(32, 8, Constraints()) == [1, 2, 4, 8]
-    assert tensor_degrees(12, 6, Constraints()) == [1, 2, 3, 6]
-    assert tensor_degrees(12, 6, Constraints(tensor_parallel=4)) == [4]
+    assert tensor_degrees(32, Constraints()) == [1, 2, 4, 8, 16, 32]
+    assert tensor_degrees(12, Constraints()) == [1, 2, 3, 4, 6, 12]
+    assert tensor_degrees(12, Constraints(tensor_parallel=4)) == [4]
     with pytest.raises(ConfigError, match="groups of 5"):
-        tensor_degrees(12, 6, Constraints(tensor_parallel=5))
+        tensor_degrees(12, Constraints(tensor_parallel=5))
 
 
 def test_tensor_and_sequence_parallelism_are_listed_where_they_can_be() -> None:

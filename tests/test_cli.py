@@ -16,6 +16,7 @@ from autoparallel.cli import app
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.plan import Plan
+from autoparallel.plans.strategy import Constraints
 from tests import plans
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,9 @@ def test_plan_asks_explains_and_saves(asked: list[Any], tmp_path: Path) -> None:
     output = tmp_path / "new.json"
     done = run("plan", "some/model", *PLAN_OPTIONS, "-o", str(output))
     assert done.exit_code == 0
-    assert asked == [("some/model", "4xTest", {"batch_size": 16, "seq_len": 128, "dtype": "auto"})]
+    assert asked == [
+        ("some/model", "4xTest", {"batch_size": 16, "seq_len": 128, "dtype": "auto", "constraints": Constraints()})
+    ]
     assert done.stdout == plans.sample_plan().explain()
     assert Plan.load(output) == plans.sample_plan()
     pure = run("plan", "some/model", *PLAN_OPTIONS, "--dtype", "float32", "--json")

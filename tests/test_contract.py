@@ -24,10 +24,14 @@ from tests.ranks import run_ranks
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
 TENSOR_PARALLEL = Strategy(tensor_parallel=2, sequence_parallel=True, batch_per_device=2, num_micro_batches=2)
+GROUPED = Strategy(
+    tensor_parallel=2, data_parallel=4, mesh_order=("dp", "tp", "pp"), distribute_param=2, shard_group_size=2
+)
 PLANS = [
     pytest.param(PIPELINED, id="pipelined"),
     pytest.param(SHARDED, id="sharded"),
     pytest.param(TENSOR_PARALLEL, id="tensor-parallel", marks=pytest.mark.slow),
+    pytest.param(GROUPED, id="grouped", marks=pytest.mark.slow),
 ]
 
 
@@ -128,7 +132,9 @@ def refusals(strategy: Strategy) -> list[str]:
 
 @pytest.mark.parametrize("strategy", [pytest.param(PIPELINED, marks=pytest.mark.slow), *PLANS[1:]])
 def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
-    for found in run_ranks(2, refusals, strategy, first=partial(program_of, "llama", attention_dropout=0.1)):
+    for found in run_ranks(
+        strategy.num_devices, refusals, strategy, first=partial(program_of, "llama", attention_dropout=0.1)
+    ):
         assert found == [f"{habit.__name__}: refused" for habit in REFUSED]
 
 
@@ -165,7 +171,7 @@ def resumed(strategy: Strategy) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("strategy", PLANS)
 def test_a_run_resumes_with_its_optimizer(strategy: Strategy) -> None:
-    for plain, found in run_ranks(2, resumed, strategy, first=partial(program_of, "qwen2")):
+    for plain, found in run_ranks(strategy.num_devices, resumed, strategy, first=partial(program_of, "qwen2")):
         assert found == pytest.approx(plain, rel=1e-5)
 
 
@@ -204,7 +210,7 @@ def habits(strategy: Strategy) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("strategy", PLANS)
 def test_numbers_between_steps_are_those_of_the_whole_model(strategy: Strategy) -> None:
-    for plain, found in run_ranks(2, habits, strategy, first=partial(program_of, "llama")):
+    for plain, found in run_ranks(strategy.num_devices, habits, strategy, first=partial(program_of, "llama")):
         assert found == pytest.approx(plain, rel=1e-5)
 
 

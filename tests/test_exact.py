@@ -23,9 +23,11 @@ RECOMPUTATIONS = {"none", "selective", "full", "none to selective", "none to ful
 
 
 def offered(num_devices: int) -> list[Strategy]:
-    """Recomputation at each single level, and mixed over the blocks of a stage."""
+    """Recomputation at each single level, and mixed over the blocks of a stage; in every order of the mesh on four
+    devices, which stand for hosts of two.
+    """
     strategies: dict[Strategy, None] = {}
-    for recomputation in ("auto", "selective", "full"):
+    for recomputation in ("auto", False, "selective", "full"):
         found = enumerate_strategies(
             num_devices=num_devices,
             batch_size=ROWS,
@@ -33,8 +35,11 @@ def offered(num_devices: int) -> list[Strategy]:
             constraints=Constraints(activation_recomputation=recomputation),
             tensor_degrees=divisors(num_devices),
             seq_len=SEQ,
+            devices_per_host=2 if num_devices == 4 else None,
         )
         strategies |= dict.fromkeys(found)
+        if recomputation == "auto":
+            strategies |= {s.model_copy(update={"recomputation": "selective"}): None for s in found}
     assert {s.num_devices for s in strategies} == {num_devices}
     return [s for s in strategies if s.num_stages <= 4]
 
@@ -47,6 +52,8 @@ def features(strategy: Strategy) -> dict[str, object]:
         "tensor": (s.tensor_parallel, s.sequence_parallel),
         "replicas": s.data_parallel,
         "level": s.distribute_param,
+        "shards": s.shard_group_size,
+        "order": s.mesh_order,
         "schedule": (s.schedule, s.virtual_stages) if s.num_stages > 1 else None,
         "recomputation": s.recomputation_range,
         "micro-batches": min(s.num_micro_batches, 2 * s.num_stages),
@@ -80,6 +87,8 @@ def test_the_offer_holds_every_kind_of_choice() -> None:
     strategies = offered(4)
     assert {s.num_stages for s in strategies} == {1, 2, 4}
     assert {s.recomputation_range for s in strategies} == RECOMPUTATIONS
+    assert {s.shard_group_size for s in strategies} == {None, 2}
+    assert len({s.mesh_order for s in strategies}) > 3
     assert {s.schedule for s in strategies} == set(EMITTED.schedules)
     kinds = {(s.schedule, s.recomputation_range, s.distribute_param) for s in strategies if s.num_stages == 2}
     assert kinds == set(product(EMITTED.schedules, RECOMPUTATIONS, range(4)))

@@ -10,7 +10,8 @@ from autoparallel.ir.flavor import Flavor
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Rejection
 from autoparallel.plans.strategy import StagePlan
-from autoparallel.report.explain import WIDTH, clean, explain
+from autoparallel.report.explain import explain
+from autoparallel.report.text import WIDTH, clean
 from tests import plans
 
 TEXT = explain(plans.sample_plan())
@@ -134,6 +135,23 @@ def test_a_rank_names_all_blocks_of_its_virtual_stages() -> None:
     assert "1  blocks 3-4, 6-8, head and loss " in text
     assert "interleaved x 2" in text
     assert "virtual_stages : 2" in text
+
+
+def test_groups_of_shards_and_the_order_of_the_mesh_are_named() -> None:
+    order = ("dp", "pp", "tp")
+    chosen = plans.strategy(data_parallel=4, num_micro_batches=4, distribute_param=3, shard_group_size=2)
+    other = plans.strategy(data_parallel=4, num_micro_batches=4, distribute_param=3, mesh_order=order)
+    candidates = tuple(
+        Candidate(strategy=strategy, estimate=plans.estimate(2, step_time_s=step_time_s))
+        for strategy, step_time_s in ((chosen, 0.5), (other, 0.6))
+    )
+    flavor = plans.FLAVOR.model_copy(update={"num_devices": 8, "devices_per_host": 8})
+    text = explain(plans.sample_plan(flavor=flavor, strategy=plans.with_stages(chosen), candidates=candidates))
+    assert "distribute_param : 3, shard_group_size : 2, schedule" in text
+    assert re.search(r"sharding +distribute_param 3 over 2 +distribute_param 3 +600\.0 ms", text)
+    assert re.search(r"mesh order +pp dp tp +dp pp tp +600\.0 ms", text)
+    assert "shard 3, 1f1b, dp pp tp " in text
+    assert "mesh order" not in TEXT
 
 
 def test_clean_keeps_ordinary_letters() -> None:

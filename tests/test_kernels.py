@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from autoparallel.capture.attention import Attention
-from autoparallel.capture.depth import grow
 from autoparallel.capture.program import Program, capture
 from autoparallel.cost.activations import attention_core_bytes, saved_under, workspace_under
 from autoparallel.cost.collectives import Topology
@@ -138,30 +137,6 @@ def test_low_precision_matmuls_come_after_a_cast(graphs: dict[str, Graph]) -> No
         assert (cast.kind, matmul.kind, matmul.dtype) == ("memory", "matmul", "float8")
         assert cast.moved_bytes == op.inputs[0].numel(**SIZE.local) * (8 + 2)  # read in fp64, written twice
         assert part.backward[0].moved_bytes == op.outputs[0].numel(**SIZE.local) * (8 + 2)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_grown_graph_is_that_of_the_deeper_model(family: str, graphs: dict[str, Graph]) -> None:
-    deep, config = graphs[family], make_model(family).config
-    config.num_hidden_layers = 2
-    if hasattr(config, "layer_types"):
-        config.layer_types = config.layer_types[:2]
-    grown = grow(capture(config, dtype=make_model(family).dtype).graph, deep.num_segments - 2)
-    assert grown.segment_classes == deep.segment_classes
-    assert {(p.name, p.shape, p.segments) for p in grown.parameters} == {
-        (p.name, p.shape, p.segments) for p in deep.parameters
-    }
-    for segment in range(deep.num_segments):
-        assert [s.shape for s in grown.boundaries[segment]] == [s.shape for s in deep.boundaries[segment]]
-        ours, theirs = (
-            [
-                (op.target, op.module, [s.shape for s in op.inputs], [s.size_bytes(**SIZE.local) for s in op.saved])
-                for op in graph.segment_ops(segment)
-            ]
-            for graph in (grown, deep)
-        )
-        assert ours == theirs
-        assert grown.runs_backward(segment) == deep.runs_backward(segment)
 
 
 HIDDEN, HEADS, SEQ, VOCABULARY = 1024, 16, 2048, 8192

@@ -34,6 +34,9 @@ from tests.ranks import run_ranks
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=3)
 TENSOR_PARALLEL = Strategy(tensor_parallel=2, sequence_parallel=True, batch_per_device=2, num_micro_batches=2)
+GROUPED = Strategy(
+    tensor_parallel=2, data_parallel=4, mesh_order=("tp", "pp", "dp"), distribute_param=3, shard_group_size=2
+)
 MIXTRAL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -272,6 +275,7 @@ SLOW = [
         ("phi3", torch.float32),
     )
 ]
+SLOW += [pytest.param("gpt2", torch.float32, [GROUPED], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("family", "dtype", "strategies"), [("qwen2", torch.float32, [SHARDED]), *SLOW])
@@ -281,7 +285,7 @@ def test_training_from_files_is_training_from_memory(
     """Bit for bit: losses, norms, gradients, parameters, logits. GPT-2 and Phi-3 cut fused projections."""
     make_model(family, dtype=dtype).save_pretrained(tmp_path, max_shard_size="40KB")
     count = len(list(make_model(family).parameters()))
-    for results in run_ranks(2, trained, tmp_path, strategies, family, dtype):
+    for results in run_ranks(strategies[0].num_devices, trained, tmp_path, strategies, family, dtype):
         assert results == [(count, 0.0)] * len(strategies)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from autoparallel.cost.memory import capacity_bytes, rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
-from autoparallel.search.price import compile_candidate, cut_and_price
+from autoparallel.search.price import cut_and_price, solve
+from autoparallel.search.problem import Problem
 from autoparallel.search.relax import Choice, Kind, Limits, Option, Relaxation, cheapest
 from autoparallel.search.select import search, select_best_graph_from_candidates
 from autoparallel.space.candidates import enumerate_strategies
@@ -78,7 +79,7 @@ def tight(memory_bytes: int, *, num_devices: int = 1) -> Workload:
 
 
 def plan_of(drawn: Workload, strategy: Strategy) -> StagePlan:
-    stages = compile_candidate(drawn, strategy).strategy.stages
+    stages = solve(Problem(drawn), strategy).strategy.stages
     assert stages is not None
     return stages[0]
 
@@ -104,7 +105,7 @@ def test_as_much_is_kept_as_fits(gib: float, expected: object) -> None:
 def test_the_first_stage_of_a_pipeline_keeps_least() -> None:
     drawn = tight(6 * GIB, num_devices=2)
     strategy = FREE.model_copy(update={"num_stages": 2})
-    stages = compile_candidate(drawn, strategy).strategy.stages
+    stages = solve(Problem(drawn), strategy).strategy.stages
     assert stages is not None
     cut = strategy.model_copy(update={"stages": stages})
     assert all(sum(rank_memory(drawn, cut, rank=i).values()) <= capacity_bytes(drawn) for i in range(2))
@@ -127,13 +128,13 @@ def test_a_named_level_is_exact() -> None:
 )
 def test_constraints_hold_where_memory_is_plenty(wanted: object, levels: set[str]) -> None:
     constraints = Constraints(activation_recomputation=wanted)  # type: ignore[arg-type]
-    chosen = select_best_graph_from_candidates(search(tight(40 * GIB), constraints, workers=0))
+    chosen = select_best_graph_from_candidates(search(tight(40 * GIB), constraints, workers=0).candidates)
     assert {plan.recomputation for plan in chosen.strategy.stages or ()} == levels
 
 
 def test_a_mixed_plan_wins_where_no_single_level_is_best() -> None:
     drawn = tight(11 * GIB)
-    chosen = select_best_graph_from_candidates(search(drawn, Constraints(batch_per_device=1), workers=0))
+    chosen = select_best_graph_from_candidates(search(drawn, Constraints(batch_per_device=1), workers=0).candidates)
     assert chosen.estimate is not None
     single = [
         cut_and_price(drawn, Strategy(num_micro_batches=8, recomputation=level)) for level in ("selective", "full")
@@ -153,7 +154,8 @@ def test_relaxing_takes_milliseconds() -> None:
     strategies = enumerate_strategies(num_devices=16, batch_size=16, num_blocks=80, constraints=Constraints())
     free = [strategy for strategy in strategies if strategy.least_recomputation is not None]
     begin = time.process_time()
-    found = [compile_candidate(drawn, strategy) for strategy in free]
+    problem = Problem(drawn)
+    found = [solve(problem, strategy) for strategy in free]
     elapsed_s = time.process_time() - begin
     assert sum(isinstance(p.recomputation, tuple) for c in found for p in c.strategy.stages or ()) > len(free)
     assert elapsed_s / len(free) < 0.05

@@ -31,6 +31,8 @@ from tests.ranks import run_ranks
 from tests.test_lazy_weights import MIXTRAL, PIPELINED, SHARDED, TENSOR_PARALLEL, lazy_names
 
 MIXED = Strategy(tensor_parallel=2, data_parallel=2, batch_per_device=1, num_micro_batches=2, distribute_param=3)
+GROUPED = Strategy(num_stages=2, data_parallel=4, mesh_order=("dp", "pp", "tp"), distribute_param=3, shard_group_size=2)
+SPREAD = Strategy(tensor_parallel=2, data_parallel=4, mesh_order=("tp", "dp", "pp"), distribute_param=1)
 SHARDS = {"max_shard_size": "40KB"}
 
 
@@ -99,6 +101,9 @@ SLOW = [
     pytest.param(2, family, dtype, [PIPELINED, SHARDED, TENSOR_PARALLEL], marks=pytest.mark.slow)
     for family, dtype in (("llama", torch.bfloat16), ("gpt2", torch.float32), ("phi3", torch.float32))
 ] + [pytest.param(4, "qwen2", torch.float32, [MIXED], marks=pytest.mark.slow)]
+SLOW += [
+    pytest.param(8, family, torch.float32, [GROUPED, SPREAD], marks=pytest.mark.slow) for family in ("qwen2", "gpt2")
+]
 
 
 @pytest.mark.parametrize(

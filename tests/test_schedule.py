@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -214,3 +215,21 @@ def test_large_pipelines_take_well_under_half_a_second(schedule: ScheduleName, p
     simulate(table, cost_s=cost_s, send_s=[0.1] * (p * v - 1))
     assert arranged - begin < 0.5
     assert time.process_time() - arranged < 0.1
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble", "interleaved"])
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_what_is_in_flight_settles(schedule: ScheduleName, num_stages: int) -> None:
+    """Peaks are looked for in the first groups of micro-batches only; lists of many more hold no other peak."""
+    for virtual_stages in (2, 3, 4) if schedule == "interleaved" else (1,):
+        count = 9 * virtual_stages * num_stages
+        orders = actions(schedule, num_stages, count, virtual_stages)
+        found = in_flight(schedule, num_stages, count, virtual_stages)
+        for rank, order in enumerate(orders):
+            forwarded, seen = Counter[int](), set()
+            for stage, kind, _ in order:
+                forwarded[stage] += {"F": 1, "B": -1, "I": -1, "W": 0}[kind]
+                seen.add(tuple(forwarded[s] for s in range(rank, num_stages * virtual_stages, num_stages)))
+            peaks = [moment.forwarded for moment in found[rank]]
+            assert all(peak in seen for peak in peaks)
+            assert all(any(all(a <= b for a, b in zip(m, p, strict=True)) for p in peaks) for m in seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,11 +25,12 @@ from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.strategy import Constraints, StagePlan, Strategy
 from autoparallel.progress import is_shown
 from autoparallel.search import select
-from autoparallel.search.pool import WorkerPool, default_num_workers
-from autoparallel.search.price import compile_candidate, cut_and_price, price
-from autoparallel.search.select import search, select_best_graph_from_candidates
-from autoparallel.space.candidates import enumerate_strategies
-from tests.test_cuts import all_cuts, excess_bytes, relaxed
+from autoparallel.search.pool import Jobs, WorkerPool, default_num_workers
+from autoparallel.search.price import cut_and_price, price, solve
+from autoparallel.search.problem import Problem
+from autoparallel.search.select import Searched, search, select_best_graph_from_candidates
+from autoparallel.space.candidates import Shape, enumerate_strategies
+from tests.test_cuts import all_cuts, excess_bytes, layouts, relaxed
 from tests.workloads import CPU_CORES, GIB, cpus, gpus, random_workloads, segment, workload
 
 ANY = Constraints()
@@ -43,8 +45,24 @@ def strategies(drawn: Workload) -> list[Strategy]:
     )
 
 
-def dumped(candidates: list[Candidate]) -> str:
-    return "\n".join(candidate.model_dump_json() for candidate in candidates)
+def dumped(found: Searched) -> str:
+    """All that a search says."""
+    entries = [entry.model_dump_json() for entry in (*found.candidates, *found.pruned)]
+    return "\n".join([*entries, f"{found.num_candidates} {found.bound_s!r}"])
+
+
+def best(drawn: Workload, constraints: Constraints = ANY) -> Candidate:
+    return select_best_graph_from_candidates(search(drawn, constraints, workers=0).candidates)
+
+
+def best_s(drawn: Workload, constraints: Constraints = ANY) -> float:
+    """Infinite where nothing is possible."""
+    try:
+        estimate = best(drawn, constraints).estimate
+    except NoFeasiblePlanError:
+        return math.inf
+    assert estimate is not None
+    return estimate.step_time_s
 
 
 # --- the choice ---
@@ -58,19 +76,103 @@ def test_the_choice_equals_brute_force(drawn: Workload) -> None:
     cuts = [cut for s in fitting for cut in all_cuts(drawn, s) if excess_bytes(drawn, cut) <= 0]
     found = search(drawn, ANY, workers=0)
     if not cuts:
+        assert found.bound_s == math.inf
         with pytest.raises(NoFeasiblePlanError):
-            select_best_graph_from_candidates(found)
+            select_best_graph_from_candidates(found.candidates)
         return
-    chosen = select_best_graph_from_candidates(found)
+    chosen = select_best_graph_from_candidates(found.candidates)
     assert chosen.estimate is not None
-    best_s = min(price(drawn, relaxed(drawn, cut)).step_time_s for cut in cuts)
-    assert chosen.estimate.step_time_s == pytest.approx(best_s, rel=1e-9)
+    least_s = min(price(drawn, relaxed(drawn, cut)).step_time_s for cut in cuts)
+    assert chosen.estimate.step_time_s == pytest.approx(least_s, rel=1e-9)
+    assert found.bound_s <= least_s * (1 + 1e-9)
+    assert found.bound_s == pytest.approx(least_s, rel=0.01)
     assert chosen.estimate == price(drawn, chosen.strategy)
     assert excess_bytes(drawn, chosen.strategy) <= 0
 
 
+@pytest.mark.parametrize("bound", ["shape_bound_s", "layout_bound_s", "quick_bound_s"])
+def test_a_wrong_bound_loses_the_best(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the brute force above would notice."""
+    drawn = workload(gpus(4), num_blocks=5, parameters=(40_000_000,) * 7)
+    right_s, found = best_s(drawn), getattr(Problem, bound)
+    chosen = best(drawn).strategy
+
+    def wrong(self: Problem, what: Any, *rest: Any) -> float:
+        same = all(getattr(what, name) == getattr(chosen, name) for name in Shape._fields)
+        return 1e12 if same else found(self, what, *rest)
+
+    monkeypatch.setattr(Problem, bound, wrong)
+    assert best_s(drawn) > right_s
+
+
+@given(drawn=random_workloads(max_blocks=5), factor=st.floats(1.0, 4.0))
+@settings(max_examples=40, deadline=None)
+def test_more_memory_is_never_slower(drawn: Workload, factor: float) -> None:
+    flavor = drawn.flavor.model_copy(update={"memory_bytes": int(factor * drawn.flavor.memory_bytes)})
+    larger = drawn.model_copy(update={"flavor": flavor})
+    assert best_s(larger) <= best_s(drawn) * (1 + 1e-9)
+
+
+@given(drawn=random_workloads(max_blocks=5), factor=st.floats(1.0, 4.0))
+@settings(max_examples=40, deadline=None)
+def test_a_faster_link_is_never_slower(drawn: Workload, factor: float) -> None:
+    links = drawn.table.intra_host
+    figure = links.bandwidth_bytes_per_s
+    faster = links.model_copy(
+        update={"bandwidth_bytes_per_s": figure.model_copy(update={"value": factor * figure.value})}
+    )
+    table = drawn.table.model_copy(update={"intra_host": faster})
+    assert best_s(drawn.model_copy(update={"table": table})) <= best_s(drawn) * (1 + 1e-9)
+
+
+NARROWER: list[dict[str, Any]] = [
+    {"num_stages": 1},
+    {"num_micro_batches": 4},
+    {"batch_per_device": 2},
+    {"activation_recomputation": False},
+    {"activation_recomputation": True},
+    {"activation_recomputation": "selective"},
+    {"distribute_parameter": True},
+    {"distribute_parameter": 0},
+    {"schedule": "1f1b"},
+    {"data_parallel": 1},
+]
+
+
+@given(drawn=random_workloads(max_blocks=5), constraint=st.sampled_from(NARROWER))
+@settings(max_examples=60, deadline=None)
+def test_a_wider_constraint_is_never_slower(drawn: Workload, constraint: dict[str, Any]) -> None:
+    try:
+        narrow_s = best_s(drawn, Constraints(**constraint))
+    except ConfigError:
+        return  # it leaves nothing
+    assert best_s(drawn) <= narrow_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("memory_bytes", [3 * GIB, 6 * GIB, 40 * GIB])
+def test_the_gap_of_a_large_search_is_proved_small(memory_bytes: int) -> None:
+    """Too many cuts to try them all."""
+    costs = (segment(forward_s=1e-4), segment(forward_s=1e-3, saved_bytes=60_000_000), segment(forward_s=2e-3))
+    drawn = workload(
+        gpus(32, memory_bytes=memory_bytes), costs=costs, num_blocks=48, batch_size=64, parameters=(6_000_000,) * 50
+    )
+    found = search(drawn, ANY, workers=0)
+    chosen = select_best_graph_from_candidates(found.candidates)
+    assert chosen.estimate is not None
+    assert found.bound_s <= chosen.estimate.step_time_s <= 1.01 * found.bound_s
+
+
+def test_a_search_without_time_says_so() -> None:
+    drawn = workload(gpus(32), num_blocks=48, batch_size=64)
+    found = search(drawn, ANY, workers=0, budget_s=0.0)
+    assert found.bound_s < math.inf
+    assert "the time budget ended" in {group.reason for group in found.pruned}
+    in_time = search(drawn, ANY, workers=0)
+    assert found.bound_s <= in_time.bound_s
+
+
 def test_ties_go_to_the_first() -> None:
-    estimate = price(workload(gpus(1)), compile_candidate(workload(gpus(1)), strategies(workload(gpus(1)))[0]).strategy)
+    estimate = best(workload(gpus(1))).estimate
     tied = [Candidate(strategy=Strategy(num_micro_batches=m), estimate=estimate) for m in (4, 2, 8)]
     assert select_best_graph_from_candidates(tied) is tied[0]
 
@@ -78,19 +180,24 @@ def test_ties_go_to_the_first() -> None:
 def test_every_candidate_has_a_price_or_a_reason_with_an_amount() -> None:
     drawn = workload(gpus(4, memory_bytes=int(2.2 * GIB)), num_blocks=3, parameters=(20_000_000,) * 5)
     found = search(drawn, ANY, workers=0)
-    assert [c.strategy.model_copy(update={"stages": None}) for c in found] == strategies(drawn)
-    assert all((c.estimate is None) != (c.rejection is None) for c in found)
-    reasons = {c.rejection.kind: c.rejection for c in found if c.rejection is not None}
+    assert len(found.candidates) + sum(group.count for group in found.pruned) == found.num_candidates
+    assert found.num_candidates == len(strategies(drawn))
+    assert all((c.estimate is None) != (c.rejection is None) for c in found.candidates)
+    assert all(c.bound_s <= c.estimate.step_time_s for c in found.candidates if c.estimate is not None)
+    reasons = {c.rejection.kind: c.rejection for c in found.candidates if c.rejection is not None}
     assert reasons["layers"].reason == "4 stages need a block each, and the model has 3"
+    nothing = search(workload(gpus(1, memory_bytes=int(1.3 * GIB)), num_blocks=3, batch_size=2), ANY, workers=0)
+    reasons |= {c.rejection.kind: c.rejection for c in nothing.candidates if c.rejection is not None}
+    assert nothing.bound_s == math.inf
     assert reasons["memory"].shortfall_bytes > 0
     assert "GiB" in reasons["memory"].reason
-    assert any(c.estimate is not None for c in found)
+    assert any(c.estimate is not None for c in found.candidates)
 
 
 def test_log_lines_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(select.logger, "info", lambda text, *values: lines.append(text.format(*values)))
-    chosen = select_best_graph_from_candidates(search(workload(gpus(2)), ANY, workers=0))
+    chosen = select_best_graph_from_candidates(search(workload(gpus(2)), ANY, workers=0).candidates)
     beginnings = [
         "The number of candidates is ",
         "Parallel Graph Compile start...",
@@ -125,7 +232,48 @@ def test_the_breakdown_sums_to_the_step(drawn: Workload, data: st.DataObject) ->
         flavor = cpus(drawn.flavor.num_devices, memory_bytes=drawn.flavor.memory_bytes)
         drawn = drawn.model_copy(update={"flavor": flavor})
     strategy = data.draw(st.sampled_from([s for s in strategies(drawn) if s.total_stages <= drawn.num_blocks]))
-    assert_consistent(price(drawn, data.draw(st.sampled_from(list(all_cuts(drawn, strategy))))))
+    cuts = list(all_cuts(drawn, data.draw(layouts(strategy))))
+    assert_consistent(price(drawn, data.draw(st.sampled_from(cuts))))
+
+
+def priced(num_devices: int, **fields: Any) -> Estimate:
+    """On hosts of eight; a model whose communication counts."""
+    parameters = (100_000_000,) * 10
+    drawn = workload(gpus(num_devices), num_blocks=8, batch_size=64, parameters=parameters, tied=50_000_000)
+    return cut_and_price(drawn, Strategy(**fields))
+
+
+def test_groups_inside_hosts_gather_without_the_network() -> None:
+    """Their sums over hosts move an eighth of the gradients."""
+    fields: dict[str, Any] = {"data_parallel": 32, "num_micro_batches": 2, "distribute_param": 3}
+    whole = priced(32, **fields)
+    inside, torn = (priced(32, **fields, shard_group_size=size) for size in (8, 16))
+    assert inside.breakdown_s.dp_comm < min(torn.breakdown_s.dp_comm, whole.breakdown_s.dp_comm)
+    assert inside.stages[0].peak_memory_bytes > torn.stages[0].peak_memory_bytes > whole.stages[0].peak_memory_bytes
+
+
+def test_groups_sum_their_gradients_once_a_step() -> None:
+    """With twice the micro-batches only what groups do among themselves comes twice."""
+    fields: dict[str, Any] = {"data_parallel": 16, "distribute_param": 2, "shard_group_size": 4}
+    found = [priced(16, **fields, num_micro_batches=n, batch_per_device=4 // n) for n in (1, 2, 4)]
+    one, two, four = (estimate.breakdown_s.dp_comm + estimate.hidden_comm_s for estimate in found)
+    assert four - two == pytest.approx(2 * (two - one))
+    assert two - one < one / 2
+
+
+def test_pipelines_inside_hosts_send_without_the_network() -> None:
+    """And leave the network to their replicas."""
+    fields: dict[str, Any] = {"num_stages": 8, "data_parallel": 4, "num_micro_batches": 16}
+    apart, together = priced(32, **fields), priced(32, **fields, mesh_order=("dp", "pp", "tp"))
+    assert together.breakdown_s.pp_comm < apart.breakdown_s.pp_comm
+    assert together.breakdown_s.dp_comm > apart.breakdown_s.dp_comm
+
+
+def test_processes_of_a_host_share_its_cores_wherever_their_stages_are() -> None:
+    drawn = workload(cpus(4), num_blocks=6, batch_size=16)
+    fields: dict[str, Any] = {"num_stages": 2, "data_parallel": 2, "num_micro_batches": 8}
+    usual, other = (cut_and_price(drawn, Strategy(**fields, mesh_order=order)) for order in (None, ("dp", "pp", "tp")))
+    assert usual == other
 
 
 def test_one_stage_is_arithmetic() -> None:
@@ -200,7 +348,7 @@ def test_a_model_that_costs_nothing_has_a_finite_price() -> None:
 def test_a_named_strategy_need_not_fit() -> None:
     drawn = workload(gpus(2, memory_bytes=GIB // 2))
     strategy = Strategy(num_stages=2, num_micro_batches=16)
-    assert compile_candidate(drawn, strategy).rejection is not None
+    assert solve(Problem(drawn), strategy).rejection is not None
     estimate = cut_and_price(drawn, strategy)
     assert estimate.peak_memory_bytes > capacity_bytes(drawn)
 
@@ -210,13 +358,13 @@ def test_given_stages_are_kept() -> None:
     bounds = ((0, 1), (2, 7))
     plans = tuple(StagePlan(first_segment=a, last_segment=b, recomputation="none") for a, b in bounds)
     strategy = Strategy(num_stages=2, num_micro_batches=16, stages=plans)
-    assert compile_candidate(drawn, strategy).strategy.stages == plans
+    assert solve(Problem(drawn), strategy).strategy.stages == plans
     assert (
         cut_and_price(drawn, strategy).step_time_s
         > cut_and_price(drawn, strategy.model_copy(update={"stages": None})).step_time_s
     )
     with pytest.raises(ConfigError, match="not a cut"):
-        compile_candidate(drawn, strategy.model_copy(update={"stages": plans[1:]}))
+        solve(Problem(drawn), strategy.model_copy(update={"stages": plans[1:]}))
 
 
 def test_given_levels_are_priced_block_by_block() -> None:
@@ -252,14 +400,15 @@ def test_a_strategy_for_something_else_is_refused(changes: dict[str, Any], words
 def refusal(drawn: Workload, constraints: Constraints = ANY) -> NoFeasiblePlanError:
     found = search(drawn, constraints, workers=0)
     with pytest.raises(NoFeasiblePlanError) as raised:
-        select_best_graph_from_candidates(found, workload=drawn, constraints=constraints)
+        select_best_graph_from_candidates(found.candidates, workload=drawn, constraints=constraints)
     return raised.value
 
 
 def test_the_shortfall_is_the_smallest_and_names_its_parts() -> None:
     drawn = workload(gpus(1, memory_bytes=2 * GIB), num_blocks=4, parameters=(100_000_000,) * 6)
     error = refusal(drawn)
-    shortfall = min(c.rejection.shortfall_bytes for c in search(drawn, ANY, workers=0) if c.rejection is not None)
+    rejected = [c.rejection for c in search(drawn, ANY, workers=0).candidates if c.rejection is not None]
+    shortfall = min(rejection.shortfall_bytes for rejection in rejected)
     assert f"lacks {shortfall / GIB:.2f} GiB" in error.what
     assert "optimizer" in error.why
     assert error.exit_code == 3
@@ -270,7 +419,7 @@ def test_more_devices_are_proposed_and_fit() -> None:
     error = refusal(drawn)
     number = int(error.remedy.split(" devices of this kind")[0].split()[-1])
     larger = drawn.model_copy(update={"flavor": gpus(number, memory_bytes=4 * GIB)})
-    assert select_best_graph_from_candidates(search(larger, ANY, workers=0)).estimate is not None
+    assert best_s(larger) < math.inf
 
 
 @pytest.mark.parametrize(
@@ -286,28 +435,24 @@ def test_a_constraint_in_the_way_is_named(constraint: dict[str, Any], name: str)
     }
     constraints = Constraints(**constraint)
     assert f"leave {name}" in refusal(by_name[name], constraints).remedy
-    assert select_best_graph_from_candidates(search(by_name[name], ANY, workers=0)).estimate is not None
+    assert best_s(by_name[name]) < math.inf
 
 
 def test_a_larger_ratio_is_proposed_when_it_is_enough() -> None:
     drawn = workload(gpus(1, memory_bytes=2 * GIB), num_blocks=1, parameters=(10_000_000,) * 3, memory_ratio=0.6)
     error = refusal(drawn)
     ratio = float(error.remedy.split("memory_ratio=")[1].split()[0])
-    assert select_best_graph_from_candidates(
-        search(drawn.model_copy(update={"memory_ratio": ratio}), ANY, workers=0)
-    ).estimate
-    with pytest.raises(NoFeasiblePlanError):
-        select_best_graph_from_candidates(
-            search(drawn.model_copy(update={"memory_ratio": ratio - 0.02}), ANY, workers=0)
-        )
+    assert best_s(drawn.model_copy(update={"memory_ratio": ratio})) < math.inf
+    assert best_s(drawn.model_copy(update={"memory_ratio": ratio - 0.02})) == math.inf
 
 
 # --- workers ---
 
 
-def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path) -> None:
+def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = workload(gpus(4), num_blocks=6, tied=1_000_000)
     here = dumped(search(drawn, ANY, workers=0))
+    monkeypatch.setattr(select, "PATIENCE_S", 0.0)
     assert dumped(search(drawn, ANY, workers=1)) == here
     assert dumped(search(drawn, ANY, workers=3)) == here
     (tmp_path / "workload.json").write_text(drawn.model_dump_json())
@@ -316,8 +461,10 @@ def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path) -> None:
         "from autoparallel.cost.workload import Workload\n"
         "from autoparallel.plans.strategy import Constraints\n"
         "from autoparallel.search.select import search\n"
-        "for c in search(Workload.model_validate_json(open(sys.argv[1]).read()), Constraints(), workers=0):\n"
-        "    print(c.model_dump_json())"
+        "found = search(Workload.model_validate_json(open(sys.argv[1]).read()), Constraints(), workers=0)\n"
+        "for entry in (*found.candidates, *found.pruned):\n"
+        "    print(entry.model_dump_json())\n"
+        "print(found.num_candidates, repr(found.bound_s))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "workload.json")],
@@ -330,20 +477,21 @@ def test_worker_counts_and_hash_seeds_change_nothing(tmp_path: Path) -> None:
     assert done.stdout.rstrip("\n") == here
 
 
-def test_a_long_list_does_use_workers() -> None:
-    drawn = workload(gpus(4), batch_size=64)
-    many = strategies(drawn)
-    assert len(many) >= 64
-    with WorkerPool(drawn, 2) as pool:
-        list(pool.map("compile", many))
+def jobs(asked: list[Strategy]) -> Jobs:
+    return Jobs(asked, [math.inf] * len(asked))
+
+
+def test_a_search_that_lasts_does_use_workers() -> None:
+    with WorkerPool(Problem(workload(gpus(4), batch_size=64)), 2, patience_s=0.0) as pool:
+        list(pool.map(jobs(strategies(workload(gpus(4), batch_size=64)))))
         assert len(pool.pids) == 2
         assert os.getpid() not in pool.pids
 
 
-def test_a_short_list_starts_no_worker() -> None:
+def test_a_search_that_ends_soon_starts_no_worker() -> None:
     drawn = workload(gpus(2))
-    with WorkerPool(drawn, 2) as pool:
-        assert len(list(pool.map("compile", strategies(drawn)[:3]))) == 3
+    with WorkerPool(Problem(drawn), 2) as pool:
+        assert len(list(pool.map(jobs(strategies(drawn)[:3])))) == 3
         assert pool.pids == []
 
 
@@ -355,15 +503,15 @@ def test_killed_workers_lose_nothing(killed: int, when: str, monkeypatch: pytest
     warnings: list[str] = []
     monkeypatch.setattr(pool_module.logger, "warning", lambda text, *values: warnings.append(text.format(*values)))
     drawn = workload(gpus(4), num_blocks=6)
-    with WorkerPool(drawn, 2, min_jobs=1) as pool:
-        expected = dict(WorkerPool(drawn, 0).map("compile", strategies(drawn)))
+    with WorkerPool(Problem(drawn), 2, patience_s=0.0) as pool:
+        expected = dict(WorkerPool(Problem(drawn), 0).map(jobs(strategies(drawn))))
         if when == "before":
-            list(pool.map("compile", strategies(drawn)[:2]))
+            list(pool.map(jobs(strategies(drawn)[:2])))
         found = {}
         victims = pool.pids[:killed]
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        for index, candidate in pool.map("compile", strategies(drawn)):
+        for index, candidate in pool.map(jobs(strategies(drawn))):
             assert index not in found
             found[index] = candidate
             if not victims:
@@ -378,8 +526,8 @@ def test_a_job_that_fails_in_a_worker_is_done_here() -> None:
     """Its exception then is the caller's."""
     drawn = workload(gpus(2))
     wrong = Strategy(num_stages=8, data_parallel=1)
-    with WorkerPool(drawn, 1, min_jobs=1) as pool, pytest.raises(ConfigError, match="8 devices"):
-        list(pool.map("compile", [*strategies(drawn), wrong]))
+    with WorkerPool(Problem(drawn), 1, patience_s=0.0) as pool, pytest.raises(ConfigError, match="8 devices"):
+        list(pool.map(jobs([*strategies(drawn), wrong])))
 
 
 def worker(**options: Any) -> subprocess.Popen[str]:
@@ -402,8 +550,8 @@ def test_a_worker_has_no_torch_ignores_ctrl_c_and_ends_with_its_stdin() -> None:
             assert greeting == {"pid": process.pid, "torch_loaded": False}
             process.send_signal(signal.SIGINT)
             process.stdin.write(workload(gpus(2)).model_dump_json() + "\n")
-            jobs = [[5, Strategy(data_parallel=2, num_micro_batches=8).model_dump_json()]]
-            process.stdin.write(json.dumps({"kind": "compile", "jobs": jobs}) + "\n")
+            asked = [[5, math.inf, Strategy(data_parallel=2, num_micro_batches=8).model_dump_json()]]
+            process.stdin.write(json.dumps({"polished": False, "jobs": asked}) + "\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
             assert answer["index"] == 5
@@ -421,8 +569,8 @@ def test_ctrl_c_ends_all_workers_within_two_seconds() -> None:
 
     def interrupted() -> None:
         nonlocal begin_s
-        with WorkerPool(drawn, 2, min_jobs=1) as pool:
-            for _ in pool.map("compile", strategies(drawn)):
+        with WorkerPool(Problem(drawn), 2, patience_s=0.0) as pool:
+            for _ in pool.map(jobs(strategies(drawn))):
                 pids.extend(pool.pids)
                 begin_s = time.monotonic()
                 raise KeyboardInterrupt
@@ -445,10 +593,11 @@ def test_the_users_main_is_never_imported(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from autoparallel.cost.workload import Workload\n"
         "from autoparallel.plans.strategy import Constraints\n"
-        "from autoparallel.search.select import search\n"
+        "from autoparallel.search import select\n"
+        "select.PATIENCE_S = 0.0\n"
         "print('started')\n"
         "workload = Workload.model_validate_json(Path('workload.json').read_text())\n"
-        "print(len(search(workload, Constraints(), workers=2)))\n"
+        "print(select.search(workload, Constraints(), workers=2).num_candidates)\n"
     )
     # In the working folder, which `python -m` would put first: it must not shadow the standard library in workers.
     (tmp_path / "selectors.py").write_text("raise RuntimeError('shadowed')")

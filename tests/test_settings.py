@@ -14,9 +14,9 @@ def test_nothing_set() -> None:
 
 
 def test_all_set() -> None:
-    environ = {"WORKERS": "3", "FLAVOR": "cpu:4", "DUMP": "out", "DEBUG": "1"}
+    environ = {"WORKERS": "3", "FLAVOR": "cpu:4", "DUMP": "out", "CACHE": "kept", "DEBUG": "1"}
     settings = read_settings({f"AUTOPARALLEL_{key}": value for key, value in environ.items()})
-    assert settings == Settings(workers=3, flavor="cpu:4", dump="out", debug=True)
+    assert settings == Settings(workers=3, flavor="cpu:4", cache="kept", dump="out", debug=True)
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Wrong numbers without an error: each known way to get them, and a proof that its mend is what prevents it.
 
-Every case runs twice on two ranks: as it is, where it must equal one device, and with the mend taken out, where it
-must not.
+Every case runs twice on two ranks, or on four: as it is, where it must equal one device, and with the mend taken out,
+where it must not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tests.ranks import run_ranks
 PIPELINED = Strategy(num_stages=2, batch_per_device=2, num_micro_batches=2)
 REPLICATED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1)
 SHARDED = Strategy(data_parallel=2, batch_per_device=2, num_micro_batches=1, distribute_param=1)
+GROUPED = Strategy(data_parallel=4, num_micro_batches=1, distribute_param=2, shard_group_size=2)
 TENSOR_PARALLEL = Strategy(tensor_parallel=2, batch_per_device=2, num_micro_batches=2)
 Values = list[float]
 
@@ -268,6 +269,18 @@ def fused_projection(mended: bool) -> tuple[Values, Values]:
     return _trained_losses("gpt2", TENSOR_PARALLEL)
 
 
+def equal_shards(mended: bool) -> tuple[Values, Values]:
+    """Groups of replicas hold the same shards, and the norm of all gradients counts each of them."""
+    if not mended:
+        Parameters.counted = lambda self, placed, piece: piece  # type: ignore[method-assign]
+
+    def run(model: nn.Module) -> Values:
+        model(**make_batch(4, 8), use_cache=False).loss.backward()
+        return [float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))]
+
+    return _losses_of_both(_models("llama", GROUPED), run)
+
+
 CASES = [
     clipping,
     overflow,
@@ -281,7 +294,12 @@ CASES = [
     norms_on_sequence_shards,
     row_parallel_bias,
     fused_projection,
+    equal_shards,
 ]
+
+
+def num_ranks(case: Callable[[bool], tuple[Values, Values]]) -> int:
+    return GROUPED.num_devices if case is equal_shards else 2
 
 
 QUICK = (gathered_parameters, tied_weights, norms_on_sequence_shards)
@@ -293,7 +311,7 @@ QUICK = (gathered_parameters, tied_weights, norms_on_sequence_shards)
     ids=lambda case: case.__name__,
 )
 def test_equals_one_device(case: Callable[[bool], tuple[Values, Values]]) -> None:
-    for plain, found in run_ranks(2, case, True, first=partial(program_of, "llama")):
+    for plain, found in run_ranks(num_ranks(case), case, True, first=partial(program_of, "llama")):
         assert found == pytest.approx(plain, rel=1e-5)
 
 
@@ -304,5 +322,5 @@ def test_would_fail_without_its_mend(case: Callable[[bool], tuple[Values, Values
         with pytest.raises(AssertionError, match="IndexError: index out of range"):
             run_ranks(2, case, False, first=partial(program_of, "llama"))
         return
-    results = run_ranks(2, case, False, first=partial(program_of, "llama"))
+    results = run_ranks(num_ranks(case), case, False, first=partial(program_of, "llama"))
     assert any(found != pytest.approx(plain, rel=1e-5) for plain, found in results)

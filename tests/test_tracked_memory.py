@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from autoparallel.capture.program import Program, capture
 from autoparallel.cost.memory import rank_memory
+from autoparallel.plans.grid import Place
 from autoparallel.plans.strategy import Strategy
 from tests.fake_cluster import Memory, adapted, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.lowered import lowered_workload
@@ -61,7 +62,7 @@ def check(name: str, fields: dict[str, Any], programs: dict[str, Program], toler
     for stage in range(strategy.num_stages):
         parts = rank_memory(workload, strategy, rank=stage)
         predicted = sum(parts.values()) - parts["reserve"]
-        rank = stage * strategy.data_parallel * strategy.tensor_parallel
+        rank = strategy.rank_of(Place(stage, 0, 0))
         found.append((predicted, tracked_bytes(program, config, strategy, rank=rank, seq_len=seq_len)))
     for stage, (predicted, tracked) in enumerate(found):
         assert abs(predicted / tracked - 1) < tolerance, f"stage {stage}: {predicted=:,} {tracked=:,} in {found}"
@@ -90,6 +91,10 @@ SIZE: dict[str, Any] = {"num_stages": 2, "data_parallel": 4, "num_micro_batches"
         {"recomputation": "selective", "tensor_parallel": 2, "sequence_parallel": True, "data_parallel": 1},
         pytest.param({"recomputation": "selective", "distribute_param": 1}, marks=pytest.mark.slow),
         pytest.param({"recomputation": "none", "distribute_param": 3}, marks=pytest.mark.slow),
+        pytest.param({"distribute_param": 1, "shard_group_size": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"distribute_param": 3, "shard_group_size": 2, "mesh_order": ("dp", "pp", "tp")}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_small_model(fields: dict[str, Any], programs: dict[str, Program]) -> None:

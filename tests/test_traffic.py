@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from autoparallel.capture.program import Program, capture
 from autoparallel.cost.traffic import RankStep, Traffic, buckets
 from autoparallel.ir.precision import Precision
+from autoparallel.plans.grid import Place
 from autoparallel.plans.strategy import Strategy
 from autoparallel.search.stage_times import Overheads, StageSeconds, stage_seconds
 from tests.fake_cluster import Recorder, Seen, adapted, fake_rank, llama_70b, qwen_7b, with_widest_splits
@@ -133,6 +134,31 @@ SAMPLE = {
     "adapters-tensor": ("llama-adapted", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
     "frozen-stage": ("llama-adapted-last", {"distribute_param": 3, "schedule": "zero_bubble"}),
     "frozen-stage-replicas": ("llama-adapted-last", {"distribute_param": 1}),
+    "groups": ("qwen2", {"data_parallel": 4, "distribute_param": 3, "shard_group_size": 2, "recomputation": "full"}),
+    "groups-tensor": (
+        "multi-query",
+        {"data_parallel": 4, "distribute_param": 1, "shard_group_size": 2, "tensor_parallel": 2},
+    ),
+    "groups-gradients": ("llama", {"data_parallel": 4, "distribute_param": 2, "shard_group_size": 2}),
+    "groups-uneven": ("llama", {"data_parallel": 6, "distribute_param": 2, "shard_group_size": 3}),
+    "groups-zero-bubble": (
+        "qwen2",
+        {"data_parallel": 4, "distribute_param": 2, "shard_group_size": 2, "schedule": "zero_bubble"},
+    ),
+    "order": ("qwen2", {"tensor_parallel": 2, "sequence_parallel": True, "mesh_order": ("tp", "pp", "dp")}),
+    "order-groups": (
+        "llama",
+        {
+            "data_parallel": 4,
+            "distribute_param": 3,
+            "shard_group_size": 2,
+            "tensor_parallel": 2,
+            "mesh_order": ("dp", "tp", "pp"),
+            "schedule": "interleaved",
+            "virtual_stages": 2,
+            "num_micro_batches": 4,
+        },
+    ),
     "windowed": ("mistral", {"tensor_parallel": 2, "sequence_parallel": True, "recomputation": "full"}),
 }
 
@@ -142,6 +168,7 @@ QUICK = [
     "frozen-stage",
     "tensor-full",
     "zero-bubble",
+    "order-groups",
 ]
 
 
@@ -231,12 +258,20 @@ def test_buckets() -> None:
     assert buckets([]) == []
 
 
-TENSOR_PARALLEL = ["tensor", "tensor-full", "sequence", "sequence-full", "sequence-selective-gpt2"]
-SHARDED = ["replicas", "masters-sharded", "gradients-sharded", "parameters-sharded", "parameters-sharded-sequence"]
+TENSOR_PARALLEL = ["tensor", "tensor-full", "sequence", "sequence-full", "sequence-selective-gpt2", "order"]
+SHARDED = [
+    "replicas",
+    "masters-sharded",
+    "gradients-sharded",
+    "parameters-sharded",
+    "parameters-sharded-sequence",
+    "groups",
+    "groups-gradients",
+]
 
 
 def spent_and_priced(
-    name: str, axis: str, programs: dict[str, Program]
+    name: str, axes: tuple[str, ...], programs: dict[str, Program]
 ) -> list[tuple[Counter[str], StageSeconds, int]]:
     """By stage: the seconds of its transfers by phase, what the plan says, and micro-batches."""
     family, changes = SAMPLE[name]
@@ -247,12 +282,16 @@ def spent_and_priced(
     strategy = even_stages(program.graph.num_segments, with_widest_splits(program, strategy))
     workload = lowered_workload(program.graph, strategy, seq_len=SEQ, tensor_index=0, precision=FP32)
     overheads, found = Overheads(workload, strategy), []
-    group = {"tensor": {"group_size": strategy.tensor_parallel}, "data": overheads.replicas}[axis]
+    groups = {"tensor": overheads.tensor, "data": overheads.shards, "shard_groups": overheads.shard_groups}
     for stage, plan in enumerate(strategy.stages or ()):
-        rank = stage * strategy.data_parallel * strategy.tensor_parallel
+        rank = strategy.rank_of(Place(stage, 0, 0))
         spent: Counter[str] = Counter()
         for transfer, count in RankStep(program.graph, strategy, SEQ, rank, "float32").traffic().items():
-            if transfer.axis == axis:
+            if transfer.axis in axes:
+                group = groups[transfer.axis]
+                assert (
+                    transfer.ranks == tuple(range(rank, strategy.num_devices, group["stride"]))[: group["group_size"]]
+                )
                 time_s = getattr(overheads.topology, f"{transfer.kind}_s")
                 spent[transfer.phase] += count * time_s(transfer.size_bytes, **group)
         found.append((spent, stage_seconds(workload, strategy, plan), strategy.num_micro_batches))
@@ -261,7 +300,7 @@ def spent_and_priced(
 
 @pytest.mark.parametrize("name", TENSOR_PARALLEL)
 def test_tensor_parallelism_is_priced_as_it_communicates(name: str, programs: dict[str, Program]) -> None:
-    for spent, seconds, micro_batches in spent_and_priced(name, "tensor", programs):
+    for spent, seconds, micro_batches in spent_and_priced(name, ("tensor",), programs):
         assert micro_batches * seconds.forward_tensor_s == pytest.approx(spent["forward"])
         assert micro_batches * seconds.backward_tensor_s == pytest.approx(spent["backward"])
         assert spent["forward"] > 0
@@ -270,7 +309,7 @@ def test_tensor_parallelism_is_priced_as_it_communicates(name: str, programs: di
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_data_parallelism_is_priced_as_it_communicates(name: str, programs: dict[str, Program]) -> None:
-    for spent, seconds, micro_batches in spent_and_priced(name, "data", programs):
+    for spent, seconds, micro_batches in spent_and_priced(name, ("data", "shard_groups"), programs):
         shown_s = seconds.start_s + seconds.reduce_s + micro_batches * seconds.comm_s
         hidden_s = seconds.hidden_step_s + micro_batches * seconds.hidden_s
         assert shown_s + hidden_s == pytest.approx(sum(spent.values()))

@@ -1,4 +1,4 @@
-"""fx program -> Graph: symbolic shapes, what autograd saves, parameters, boundaries, and which blocks are equal.
+"""fx program -> Graph: symbolic shapes, what autograd saves, what is a view, what selective recomputation keeps.
 
 What is saved, and what selective recomputation keeps, is observed, not tabulated: the program runs once on fake tensors
 under autograd with saved-tensor hooks, the attention op already in the form it is emitted in, so any operator of any
@@ -7,13 +7,12 @@ family is right by construction.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import networkx as nx
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
@@ -21,10 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
+from autoparallel.capture.assemble import assemble
 from autoparallel.capture.attention import Attention
-from autoparallel.capture.export import Exported
+from autoparallel.capture.export import INPUTS, ROOT, Exported
 from autoparallel.capture.kept import is_kept
+from autoparallel.capture.repeats import BLOCK_INPUTS, BLOCK_OUTPUT
 from autoparallel.capture.segments import Segments, module_path
+from autoparallel.capture.unfold import unfold
 from autoparallel.ir.dims import Dim
 from autoparallel.ir.graph import Argument, Graph, Op, Parameter, Ref, SavedTensor, TensorSpec
 
@@ -38,32 +40,29 @@ class _Annotator:
     def __init__(self, exported: Exported, segments: Segments, names: dict[str, str]) -> None:
         self.exported, self.segments, self.names = exported, segments, names
         self.module = exported.module
-        self.num_segments = max(s for s in segments.values() if s is not None) + 1
         self.symbols = _symbol_names(self.module)
+        self.dims: dict[Any, Dim] = {}
         self.observed = _Observer(self).run()
-        self.free_keys: dict[fx.Node, str] = {}
 
     def graph(self) -> Graph:
-        dag = nx.DiGraph()
-        for node in self.module.graph.nodes:
-            if node.op == "call_function":
-                dag.add_node(node.name, op=self.op(node))
-                for parent in node.all_input_nodes:
-                    if parent.op == "call_function":
-                        dag.add_edge(parent.name, node.name, tensor=parent.name)
-        classes, digest = self.segment_classes()
         twin = self.exported.twin
-        return Graph(
-            dag=dag,
-            parameters=self.parameters(),
-            segment_classes=classes,
-            boundaries=self.boundaries(),
+        return assemble(
+            self.ops(),
+            [
+                Parameter(name, tuple(p.shape), dtype_name(p.dtype), p.requires_grad, ())
+                for name, p in twin.named_parameters()
+            ],
+            inputs=INPUTS,
             outputs=self.outputs(),
             model_name=str(getattr(getattr(twin, "config", None), "_name_or_path", "") or type(twin).__name__),
             architecture=type(twin).__name__,
-            fingerprint=digest,
             notes=self.exported.notes,
         )
+
+    def ops(self) -> list[Op]:
+        ops = [self.op(node) for node in self.module.graph.nodes if node.op == "call_function"]
+        repeats = self.exported.repeats
+        return ops if repeats is None else unfold(ops, repeats.calls, block_list=repeats.block_list, root=ROOT)
 
     def op(self, node: fx.Node) -> Op:
         inputs: list[TensorSpec] = []  # in argument order, repeated when an op takes one tensor twice
@@ -98,8 +97,11 @@ class _Annotator:
         """An int, or the expression of `batch` and `seq` that a symbolic size stands for."""
         if isinstance(size, int):
             return size
-        expression = size.node.expr.xreplace(self.symbols)
-        return int(expression) if expression.is_Integer else str(PythonPrinter().doprint(expression))
+        symbolic = size.node.expr
+        if symbolic not in self.dims:
+            expression = sympy.expand(symbolic.xreplace(self.symbols))
+            self.dims[symbolic] = int(expression) if expression.is_Integer else PythonPrinter().doprint(expression)
+        return self.dims[symbolic]
 
     def argument(self, value: Any, inputs: list[TensorSpec], *, of: fx.Node | None = None) -> Argument:
         """`value` as data; a tensor is appended to `inputs`. What `of` picks from several tensors is that tensor."""
@@ -121,69 +123,10 @@ class _Annotator:
     def is_tensor(value: Any) -> bool:
         return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
 
-    def parameters(self) -> tuple[Parameter, ...]:
-        users: dict[str, set[int]] = {}
-        for node in self.module.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in self.names:
-                found = {s for user in node.users if (s := self.segments.get(user)) is not None}
-                users.setdefault(self.names[str(node.target)], set()).update(found)
-        return tuple(
-            Parameter(name, tuple(p.shape), dtype_name(p.dtype), p.requires_grad, tuple(sorted(users.get(name, ()))))
-            for name, p in self.exported.twin.named_parameters()
-        )
-
-    def boundaries(self) -> tuple[tuple[TensorSpec, ...], ...]:
-        entering: list[list[TensorSpec]] = [[] for _ in range(self.num_segments)]
-        for node, segment in self.segments.items():
-            if segment is None:
-                continue
-            last_use = max((s for user in node.users if (s := self.segments.get(user)) is not None), default=segment)
-            for later in range(segment + 1, last_use + 1):
-                entering[later].append(self.spec(node))
-        return tuple(tuple(specs) for specs in entering)
-
     def outputs(self) -> tuple[str, str]:
         output = next(node for node in self.module.graph.nodes if node.op == "output")
         loss, logits = output.args[0]
         return loss.name, logits.name
-
-    def segment_classes(self) -> tuple[tuple[int, ...], str]:
-        """A class per segment, equal ones sharing it, and the fingerprint of the whole program."""
-        lines: list[list[str]] = [[] for _ in range(self.num_segments)]
-        positions: list[dict[fx.Node, int]] = [{} for _ in range(self.num_segments)]
-        for node in self.module.graph.nodes:
-            segment = self.segments.get(node)
-            if node.op == "call_function" and segment is not None:
-                positions[segment][node] = len(positions[segment])
-                lines[segment].append(self.signature(node, positions[segment]))
-            elif node.op in ("call_function", "placeholder"):
-                line = self.signature(node, {}) if node.op == "call_function" else node.name
-                self.free_keys[node] = hashlib.sha256(line.encode()).hexdigest()[:16]
-        keys = ["\n".join(segment) for segment in lines]
-        # The ends hold embedding and loss: they are classes of their own even if they should look alike.
-        keys[0], keys[-1] = "first\n" + keys[0], "last\n" + keys[-1]
-        order: dict[str, int] = {}
-        classes = tuple(order.setdefault(key, len(order)) for key in keys)
-        parameters = [f"{p.name} {p.shape} {p.dtype} {p.segments}" for p in self.parameters()]
-        text = "\n".join([*order, *map(str, classes), *sorted(set(self.free_keys.values())), *parameters])
-        return classes, hashlib.sha256(text.encode()).hexdigest()
-
-    def signature(self, node: fx.Node, positions: dict[fx.Node, int]) -> str:
-        """A node by what it computes: operator, shapes, scalars, and where its inputs come from; never by its name."""
-        origins = []
-        for parent in node.all_input_nodes:
-            value = parent.meta.get("val")
-            kind = (
-                f"op{positions[parent]}"
-                if parent in positions
-                else ("parameter" if parent.op == "get_attr" else "outside")
-            )
-            if kind == "outside" and parent in self.free_keys:
-                kind = self.free_keys[parent]
-            shape = [self.dim(s) for s in value.shape] if isinstance(value, Tensor) else self.argument(parent, [])
-            origins.append(f"{kind}:{shape}:{getattr(value, 'dtype', '')}:{parent in self.observed.differentiable}")
-        arguments = [(name, self.argument(value, [])) for name, value in named_arguments(node)]
-        return f"{node.target}({', '.join(origins)}) {arguments}"
 
 
 def named_arguments(node: fx.Node) -> list[tuple[str, Any]]:
@@ -209,7 +152,7 @@ class _Observer(fx.Interpreter):
         self.saved: dict[fx.Node, list[SavedTensor]] = {}
         self.kept: dict[fx.Node, list[SavedTensor]] = {}
         self.owner: dict[int, str] = {}
-        self.num_hidden = 0
+        self.num_hidden: dict[fx.Node, int] = {}
         self.alive: list[Tensor] = []  # storages are told apart by address, so none may be freed and reused
         self.current: fx.Node | None = None
 
@@ -246,8 +189,8 @@ class _Observer(fx.Interpreter):
     def hidden(self) -> str:
         """A new name for a storage that the current op makes."""
         assert self.current is not None
-        self.num_hidden += 1
-        return f"{self.current.name}:{self.num_hidden}"
+        self.num_hidden[self.current] = self.num_hidden.get(self.current, 0) + 1
+        return f"{self.current.name}:{self.num_hidden[self.current]}"
 
     def storage(self, tensor: Tensor) -> SavedTensor:
         storage = tensor.untyped_storage()
@@ -308,6 +251,11 @@ class _Observer(fx.Interpreter):
             # With dropout the CPU has no fused kernel, and what its matmuls keep is not what a GPU keeps.
             observed = dropout if softcap else 0.0
             return Attention(scale=scale, window=0, softcap=softcap, dropout=observed)(query, key, value, None)
+        if str(target) == BLOCK_INPUTS:
+            return None
+        if str(target) == BLOCK_OUTPUT:
+            _, result = args
+            return torch.empty_like(result, requires_grad=result.requires_grad)
         return super().call_function(target, args, kwargs)
 
 
@@ -351,8 +299,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _symbol_names(module: fx.GraphModule) -> dict[Any, Any]:
     """The sympy symbols of the batch and the sequence dim, renamed."""
-    import sympy
-
     tokens = next(n.meta["val"] for n in module.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
     renamed = {}
     for size, name in zip(tokens.shape, ("batch", "seq"), strict=True):

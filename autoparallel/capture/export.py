@@ -22,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from autoparallel.capture.attention import ATTENTION_TARGET, NAME, PADDING_TARGET, captured_attention
 from autoparallel.capture.kept import draws
+from autoparallel.capture.repeats import BLOCK_INPUTS, Repeats, UnlikeBlocks, drop_unread_inputs, repeating
 from autoparallel.capture.segments import module_path
 from autoparallel.errors import CaptureError, ConfigError
 
 INPUTS = ("input_ids", "attention_mask", "labels", "num_items")
-_ROOT = "model."  # the wrapper's attribute that every captured parameter name begins with
+ROOT = "model."  # the wrapper's attribute that every captured parameter name begins with
 _DROPPED = {torch.ops.aten._assert_tensor_metadata.default}
 
 
@@ -58,29 +59,34 @@ class Exported:
     """Flat ATen graph; parameters and buffers are the twin's, under their original names."""
     twin: nn.Module
     notes: tuple[str, ...]
+    repeats: Repeats | None = None
+    """Which blocks of the program stand for others; None if every block is there."""
 
 
-def export_training_forward(model: Any, *, dtype: torch.dtype | None = None) -> Exported:
+def export_training_forward(
+    model: Any, *, dtype: torch.dtype | None = None, traced: frozenset[int] | None = None
+) -> Exported:
     """Trace `model` (an HF model, real or on meta, a config, or a path to one).
 
     `dtype` is the compute dtype; None keeps the model's. Raises `CaptureError` naming the op and the line of the
-    model's code.
+    model's code. Given blocks to be `traced`, only those and one of each kind are (`repeats.py`).
     """
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     twin = fake_twin(model, fake_mode=fake_mode, dtype=dtype)
     with captured_attention() as recording:
         try:
-            module = _trace(twin, fake_mode=fake_mode, attention=NAME)
+            module, repeats = _trace(twin, fake_mode=fake_mode, attention=NAME, traced=traced)
             reason = recording.unsupported or _misused_mask(module)
         except CaptureError as error:
-            module, reason = None, error.what
+            module, repeats, reason = None, None, error.what
     if module is None or reason:
         fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         twin = fake_twin(model, fake_mode=fake_mode, dtype=dtype)
-        module = _trace(twin, fake_mode=fake_mode, attention="eager")
-        return Exported(module, twin, (f"attention is captured as the model's own eager operators: {reason}",))
+        module, repeats = _trace(twin, fake_mode=fake_mode, attention="eager", traced=traced)
+        note = f"attention is captured as the model's own eager operators: {reason}"
+        return Exported(module, twin, (note,), repeats)
     _take_windows_from_masks(module)
-    return Exported(module, twin, ())
+    return Exported(module, twin, (), repeats)
 
 
 def fake_twin(model: Any, *, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -142,7 +148,9 @@ def _set_attention(model: nn.Module, implementation: str) -> None:
             config._attn_implementation = implementation
 
 
-def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.GraphModule:
+def _trace(
+    twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str, traced: frozenset[int] | None
+) -> tuple[fx.GraphModule, Repeats | None]:
     if isinstance(twin, PreTrainedModel):
         _set_attention(twin, attention)
     with fake_mode:
@@ -155,13 +163,18 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
         1: torch.export.Dim("seq", min=2, max=(longest - 1) if longest else 1 << 24),
     }
     shapes = {name: (dims if name != "num_items" else None) for name in INPUTS}
-    try:
-        program = torch.export.export(_TrainingForward(twin), (), inputs, strict=False, dynamic_shapes=shapes)
-    except Exception as error:
-        raise _capture_error(twin, error) from error
+    with repeating(twin, traced) as repeats:
+        try:
+            program = torch.export.export(_TrainingForward(twin), (), inputs, strict=False, dynamic_shapes=shapes)
+        except UnlikeBlocks:
+            raise
+        except Exception as error:
+            raise _capture_error(twin, error) from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _clean(module)
+    if repeats is not None:
+        drop_unread_inputs(module, repeats.calls)
     _check_random(module, type(twin).__name__)
     _check_symbolic(module, type(twin).__name__)
     if not _is_sum_over_num_items(module):
@@ -170,7 +183,7 @@ def _trace(twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str) -> fx.
             why="the losses of micro-batches add up to the loss of the batch only in that form",
             remedy="pass **kwargs on to loss_function, as transformers does, and leave other terms (router loss) out",
         )
-    return module
+    return module, repeats
 
 
 def _is_sum_over_num_items(module: fx.GraphModule) -> bool:
@@ -354,6 +367,8 @@ def _misused_mask(module: fx.GraphModule) -> str:
         if str(node.target) != PADDING_TARGET:
             continue
         for user in node.users:
+            if str(user.target) == BLOCK_INPUTS:
+                continue
             if str(user.target) != ATTENTION_TARGET or node in user.args[:3]:
                 return f"{user.target} uses the attention mask itself"
     return ""
@@ -368,6 +383,7 @@ def _take_windows_from_masks(module: fx.GraphModule) -> None:
             node.update_arg(3, mask.args[0])
     for node in list(module.graph.nodes):
         if str(node.target) == PADDING_TARGET:
+            node.replace_all_uses_with(node.args[0])  # by calls of blocks
             module.graph.erase_node(node)
     module.recompile()
 

@@ -12,8 +12,13 @@ from torch import fx
 
 from autoparallel.capture.annotate import annotate, canonical_parameter_names, dtype_name
 from autoparallel.capture.export import Exported, export_training_forward, load_config
+from autoparallel.capture.repeats import UnlikeBlocks
 from autoparallel.capture.segments import Segments, assign_segments
+from autoparallel.errors import CaptureError
 from autoparallel.ir.graph import Graph
+
+TRIES = 3
+"""Of capture with blocks left out; each learns from the last one which blocks are called in their own way."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,12 @@ class Program:
     """One training forward, cut nowhere yet."""
 
     exported: Exported
+
+    @property
+    def num_traced_blocks(self) -> int | None:
+        """How many blocks stand in the module; None if all do."""
+        repeats = self.exported.repeats
+        return None if repeats is None else sum(call.template is None for call in repeats.calls)
 
     @property
     def module(self) -> fx.GraphModule:
@@ -53,6 +64,26 @@ class Program:
 def capture(model: Any, *, dtype: torch.dtype | None = None) -> Program:
     """Trace an HF causal LM (object, config or path); `dtype` is the compute dtype, None keeps the model's."""
     return Program(export_training_forward(model, dtype=dtype))
+
+
+def capture_for_planning(model: Any, *, dtype: torch.dtype | None = None) -> Program:
+    """The same graph in the time that a shallow model takes: of blocks that are alike, one is traced. The program's
+    module is not the whole model's then, so it can be planned for but not emitted.
+    """
+    traced: frozenset[int] = frozenset()
+    for _ in range(TRIES):
+        try:
+            program = Program(export_training_forward(model, dtype=dtype, traced=traced))
+            assert program.graph
+        except UnlikeBlocks as found:
+            if not found.traced:
+                break
+            traced |= found.traced
+        except CaptureError:
+            break
+        else:
+            return program
+    return capture(model, dtype=dtype)
 
 
 def model_dtype(model: Any) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import log2
 
 from autoparallel.cost.tables import CostTable
@@ -32,22 +33,48 @@ class Spread:
     """In the host that holds the fewest of them: its ports are the bottleneck."""
 
 
-@lru_cache(maxsize=4096)
-def worst_spread(num_devices: int, devices_per_host: int, group_size: int, stride: int) -> Spread:
+@lru_cache(maxsize=65536)
+def worst_spread(
+    num_devices: int, devices_per_host: int, group_size: int, stride: int, members: tuple[int, ...] | None = None
+) -> Spread:
     """The spread of the group that crosses most hosts: all groups of one stride run together, and the last one counts.
 
-    Groups tile the cluster: blocks of `group_size × stride` consecutive ranks, with `stride` groups in each.
+    Groups tile the cluster, as those of a mesh's axis do: blocks of `group_size × stride` consecutive ranks, with
+    `stride` groups in each. `members` are the indices of the ranks that take part; without them all do.
     """
-    span = group_size * stride
-    assert span <= num_devices, f"a group of {group_size} with stride {stride} needs more than {num_devices} devices"
-    worst = Spread(num_hosts=1, ranks_per_host=group_size)
-    for block in range(0, num_devices - span + 1, span):
-        for first in range(block, block + stride):
-            hosts = Counter(rank // devices_per_host for rank in range(first, first + span, stride))
-            spread = Spread(num_hosts=len(hosts), ranks_per_host=min(hosts.values()))
-            if (spread.num_hosts, -spread.ranks_per_host) > (worst.num_hosts, -worst.ranks_per_host):
-                worst = spread
+    assert group_size * stride <= num_devices, f"{group_size} ranks {stride} apart are more than {num_devices} devices"
+    offsets = [index * stride for index in (range(group_size) if members is None else members)]
+    if num_devices <= devices_per_host:
+        return Spread(num_hosts=1, ranks_per_host=len(offsets))
+    if all(after - before >= devices_per_host for before, after in pairwise(offsets)):
+        return Spread(num_hosts=len(offsets), ranks_per_host=1)
+    worst = Spread(num_hosts=1, ranks_per_host=len(offsets))
+    for first in _first_ranks(num_devices, devices_per_host, group_size * stride, stride):
+        hosts = Counter((first + offset) // devices_per_host for offset in offsets)
+        spread = Spread(num_hosts=len(hosts), ranks_per_host=min(hosts.values()))
+        if (spread.num_hosts, -spread.ranks_per_host) > (worst.num_hosts, -worst.ranks_per_host):
+            worst = spread
     return worst
+
+
+def _first_ranks(num_devices: int, devices_per_host: int, span: int, stride: int) -> set[int]:
+    """Where in their hosts the first ranks of all groups stand: groups that begin alike lie alike."""
+    blocks = range(min(num_devices // span, devices_per_host))
+    return {
+        (block * span + beside) % devices_per_host
+        for block in blocks
+        for beside in range(min(stride, devices_per_host))
+    }
+
+
+def distinct_strides(flavor: Flavor, group_size: int) -> list[int]:
+    """Of all strides that a mesh's axis of `group_size` may have, the smallest of those that spread groups alike."""
+    found: dict[Spread, int] = {}
+    for stride in range(1, flavor.num_devices // group_size + 1):
+        if flavor.num_devices % (group_size * stride) == 0:
+            spread = worst_spread(flavor.num_devices, flavor.devices_per_host, group_size, stride)
+            found.setdefault(spread, stride)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -65,22 +92,24 @@ class Topology:
         """One lap; `size_bytes` is the tensor before it is scattered."""
         return self._lap_s(size_bytes, group_size, stride)
 
-    def all_reduce_s(self, size_bytes: float, *, group_size: int, stride: int = 1) -> float:
-        """Two laps, reduce_scatter then all_gather; or a tree, where so many steps would take longer."""
-        if group_size == 1:
+    def all_reduce_s(
+        self, size_bytes: float, members: tuple[int, ...] | None = None, /, *, group_size: int, stride: int = 1
+    ) -> float:
+        """Two laps, reduce_scatter then all_gather; or a tree, where so many steps would take longer. Among the
+        `members` of each group, as in `worst_spread`.
+        """
+        num_ranks = group_size if members is None else len(members)
+        if num_ranks == 1:
             return 0.0
-        spread = self._spread(group_size, stride)
-        return 2 * (self._moving_s(size_bytes, group_size, spread) + self._waiting_s(spread, tree=True))
+        spread = self.spread(group_size, stride, members)
+        return 2 * (self._moving_s(size_bytes, num_ranks, spread) + self._waiting_s(spread, tree=True))
 
-    def send_recv_s(self, size_bytes: float, *, distance: int) -> float:
-        """latency + size / link bandwidth, for the slowest of the pairs `r, r + distance` that run together.
+    def send_recv_s(self, size_bytes: float, members: tuple[int, int], /, *, group_size: int, stride: int = 1) -> float:
+        """latency + size / link bandwidth, from one member of each group to another, for the slowest group.
 
         A single transfer is one copy and reaches the link's bandwidth; efficiencies are those of collectives.
         """
-        if distance == 0:
-            return 0.0
-        # Some pair of every distance has a host boundary between its two ranks: host 0's last rank, or one before it.
-        if self.flavor.num_hosts > 1:
+        if self.spread(group_size, stride, members).num_hosts > 1:
             return self.table.network.latency_s.value + size_bytes / self._network_bytes_per_s
         links = self.table.intra_host
         bandwidth = (links.pairwise_bandwidth_bytes_per_s or links.bandwidth_bytes_per_s).value
@@ -90,16 +119,17 @@ class Topology:
         """One lap of the ring, as the module's formula."""
         if group_size == 1:
             return 0.0
-        spread = self._spread(group_size, stride)
+        spread = self.spread(group_size, stride)
         return self._moving_s(size_bytes, group_size, spread) + self._waiting_s(spread, tree=False)
 
-    def _spread(self, group_size: int, stride: int) -> Spread:
-        return worst_spread(self.flavor.num_devices, self.flavor.devices_per_host, group_size, stride)
+    def spread(self, group_size: int, stride: int, members: tuple[int, ...] | None = None) -> Spread:
+        """Of the worst placed group."""
+        return worst_spread(self.flavor.num_devices, self.flavor.devices_per_host, group_size, stride, members)
 
-    def _moving_s(self, size_bytes: float, group_size: int, spread: Spread) -> float:
+    def _moving_s(self, size_bytes: float, num_ranks: int, spread: Spread) -> float:
         """Bytes of one lap."""
         assert size_bytes >= 0, size_bytes
-        return (group_size - 1) / group_size * size_bytes / self._ring_bandwidth_bytes_per_s(spread)
+        return (num_ranks - 1) / num_ranks * size_bytes / self._ring_bandwidth_bytes_per_s(spread)
 
     def _waiting_s(self, spread: Spread, *, tree: bool) -> float:
         """Latencies of one lap, or of half a tree."""

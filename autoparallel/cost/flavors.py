@@ -56,8 +56,12 @@ FORMS = 'use "4xLarge.2048GB", "8xH100-SXM5-80GB", "4x8xH100-SXM5-80GB" (hosts x
 
 def list_flavors() -> list[str]:
     """Names to choose from: the named sizes, one full host of every GPU, and this machine's."""
-    hosts = [f"{int(load_table(name).devices_per_host.value)}x{name}" for name in _gpu_names()]
-    return [*NAMED_DIES, *hosts, f"cpu:{_num_cores()}", "local"]
+    return [*NAMED_DIES, *gpu_hosts(), f"cpu:{_num_cores()}", "local"]
+
+
+def gpu_hosts() -> list[str]:
+    """One full host of every GPU."""
+    return [f"{int(load_table(name).devices_per_host.value)}x{name}" for name in _gpu_names()]
 
 
 def resolve_flavor(flavor: str | Flavor | os.PathLike[str]) -> Flavor:

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from autoparallel.cost.workload import ParameterCount, Workload
 from autoparallel.ir.precision import Precision
-from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.plans.strategy import ScheduleName, StagePlan, Strategy
 from autoparallel.schedule.actions import InFlight, in_flight
 
 
@@ -89,6 +90,19 @@ def peaks(strategy: Strategy) -> tuple[tuple[InFlight, ...], ...]:
     """By rank: the micro-batches in flight at the moments that may be its peak."""
     return in_flight(
         strategy.schedule, strategy.num_stages, strategy.num_micro_batches, virtual_stages=strategy.virtual_stages
+    )
+
+
+@lru_cache(maxsize=4096)
+def held_at_peaks(
+    schedule: ScheduleName, num_stages: int, num_micro_batches: int, virtual_stages: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """By stage, in the model's order: micro-batches forwarded and half done when its rank may be at its peak."""
+    found = in_flight(schedule, num_stages, num_micro_batches, virtual_stages=virtual_stages)
+    stages = [divmod(stage, num_stages) for stage in range(num_stages * virtual_stages)]
+    return tuple(
+        tuple(sorted({(moment.forwarded[virtual], moment.half_done[virtual]) for moment in found[rank]}))
+        for virtual, rank in stages
     )
 
 

@@ -6,11 +6,11 @@ and writes, forward and backward each on their own. Views cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from autoparallel.cost.collectives import Topology
+from autoparallel.cost.collectives import Topology, distinct_strides
 from autoparallel.cost.compute import Device
 from autoparallel.cost.kernels import Kernel, Size
 from autoparallel.cost.practice import OURS, Practice
@@ -20,7 +20,7 @@ from autoparallel.cost.work import Call, Work, work_of
 from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.graph import Graph
-from autoparallel.ir.ops import flops
+from autoparallel.ir.ops import CollectiveKind, flops
 from autoparallel.ir.precision import Precision
 from autoparallel.plans.strategy import Strategy
 from autoparallel.tensor_parallel.splits import SplitGraph
@@ -48,18 +48,24 @@ def build_workload(
 ) -> Workload:
     """Price each distinct segment once per micro-batch size and split; the rest is bookkeeping.
 
-    `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one. With `only`, all is of that one
-    strategy.
+    `tensor_degrees` are the sizes of tensor-parallel groups to look at, beside one, each at every stride that spreads
+    its ranks over hosts in another way. With `only`, all is of that one strategy.
     """
     if flavor.is_cpu and practice.attention == "flash":
         practice = practice.model_copy(update={"attention": "math"})
-    context_parallel = 1 if only is None else only.context_parallel
-    pricing = Pricing(graph, table, Topology(flavor, table), seq_len, precision, practice, context_parallel)
+    topology, degrees = Topology(flavor, table), list(tensor_degrees)
+    if only is None:
+        context_parallel, pricing = 1, Pricing(graph, table, topology, seq_len, precision, practice)
+        strides = {degree: distinct_strides(flavor, degree) for degree in degrees}
+    else:
+        context_parallel, stride = only.context_parallel, only.stride_of("dp")
+        pricing = Pricing(graph, table, topology, seq_len, precision, practice, context_parallel, stride)
+        strides = {degree: [only.stride_of("tp")] for degree in degrees}
     sizes = sorted(set(micro_batch_sizes))
     whole, (parameters, shared) = _whole(graph), _counts(graph)
     found, impossible = variants(
         graph,
-        tensor_degrees,
+        strides,
         micro_batch_sizes=sizes,
         seq_len=seq_len // context_parallel,
         price=pricing.segment_cost,
@@ -119,16 +125,19 @@ class Pricing:
     precision: Precision
     practice: Practice = OURS
     context_parallel: int = 1
+    context_stride: int = 1
+    """Ranks between neighbours that share a row."""
 
     @cached_property
     def device(self) -> Device:
         return Device(self.table, dispatch_s=self.practice.dispatch_s)
 
-    def segment_cost(self, lowered: LoweredSegment, rows: int) -> SegmentCost:
-        """Of one rank, for a micro-batch of `rows`."""
+    def segment_cost(self, lowered: LoweredSegment, rows: int, tensor_stride: int = 1) -> SegmentCost:
+        """Of one rank, for a micro-batch of `rows`; its tensor-parallel group's ranks are `tensor_stride` apart."""
         device, size = self.device, Size(rows, self.seq_len, self.context_parallel)
         work = work_of(self.graph, lowered, size, self.practice)
-        comm = [(call, *self._collective_s(call, lowered.sharding.degree)) for call in work.collectives]
+        group = {"group_size": lowered.sharding.degree, "stride": tensor_stride}
+        comm = [(call, *self._collective_s(call, group)) for call in work.collectives]
         weight_s = self._weight_gradients_s(work)
         shown = SHOWN_BESIDE_MATMULS if self.practice.tensor_overlap else 1.0
         forward_comm_s = shown * sum(forward_s for _, forward_s, _ in comm)
@@ -162,27 +171,27 @@ class Pricing:
             kernels = tuple(_accumulating(k, self.precision) if k.kind == "matmul" else k for k in kernels)
         return self.device.kernels_s(kernels) + self.device.stream_s(3 * left * self.precision.gradient_bytes)
 
-    def _collective_s(self, call: Call, degree: int) -> tuple[float, float]:
-        """Forward and backward."""
+    def _collective_s(self, call: Call, group: dict[str, int]) -> tuple[float, float]:
+        """Forward and backward, over a tensor-parallel group."""
         if call.attention:
-            return self._ring_s(call, degree)
-        times = {
-            None: lambda size_bytes, **group: 0.0,
+            return self._ring_s(call)
+        times: dict[CollectiveKind | None, Callable[..., float]] = {
+            None: lambda size_bytes, **_: 0.0,
             "all_reduce": self.topology.all_reduce_s,
             "all_gather": self.topology.all_gather_s,
             "reduce_scatter": self.topology.reduce_scatter_s,
         }
         forward_s, backward_s = (
-            sum(times[kind](size, group_size=degree) for size in call.sizes) for kind in (call.forward, call.backward)
+            sum(times[kind](size, **group) for size in call.sizes) for kind in (call.forward, call.backward)
         )
         return forward_s, backward_s
 
-    def _ring_s(self, call: Call, degree: int) -> tuple[float, float]:
+    def _ring_s(self, call: Call) -> tuple[float, float]:
         """What a ring of keys and values takes longer than the attention that hides it; their gradients go around with
-        them (Liu, Zaharia, Abbeel, arXiv 2310.01889). Ranks that share a row stand a tensor-parallel group apart.
+        them (Liu, Zaharia, Abbeel, arXiv 2310.01889).
         """
         (size_bytes,) = call.sizes
-        lap_s = self.topology.all_gather_s(size_bytes, group_size=self.context_parallel, stride=degree)
+        lap_s = self.topology.all_gather_s(size_bytes, group_size=self.context_parallel, stride=self.context_stride)
         forward_s, backward_s = (self.device.kernels_s(phase) for phase in call.attention)
         return max(0.0, lap_s - forward_s), max(0.0, 2 * lap_s - backward_s)
 

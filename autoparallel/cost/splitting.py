@@ -1,13 +1,13 @@
 """Graph -> which split tensor parallelism uses, by cost: every legal split of every distinct segment is priced.
 
 Equal blocks share a split; segments that share a parameter (tied embeddings) hold it alike and are chosen together.
-For each degree, with and without sequence parallelism, and each micro-batch size, two are kept: the fastest, and
-the leanest in memory for plans in which the fastest does not fit.
+For each degree, stride, with and without sequence parallelism, and each micro-batch size, two are kept: the fastest,
+and the leanest in memory for plans in which the fastest does not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
@@ -24,8 +24,8 @@ from autoparallel.tensor_parallel.values import LoweredSegment
 STATE_BYTES = 16
 """Of a trained element: fp32 master, gradient and AdamW's two moments; weighs parameters against activations."""
 
-Price = Callable[[LoweredSegment, int], SegmentCost]
-"""A lowered segment at a number of rows."""
+Price = Callable[[LoweredSegment, int, int], SegmentCost]
+"""A lowered segment at a number of rows, the ranks of its group a stride apart."""
 
 
 class Held(NamedTuple):
@@ -67,7 +67,7 @@ class Priced:
 
 def variants(
     graph: Graph,
-    degrees: Iterable[int],
+    strides: Mapping[int, Sequence[int]],
     *,
     micro_batch_sizes: Sequence[int],
     seq_len: int,
@@ -75,13 +75,13 @@ def variants(
     sequence_parallel: bool | None = None,
     shards_most: bool = False,
 ) -> tuple[tuple[Variant, ...], dict[int, str]]:
-    """The variants of every degree, and why some degrees have none; with `sequence_parallel`, or without it, or both
-    where it is None; with `shards_most`, only those that divide most parameters.
+    """The variants of every degree at each of its strides, and why some degrees have none; with `sequence_parallel`, or
+    without it, or both where it is None; with `shards_most`, only those that divide most parameters.
     """
     legal = _legal(graph)
     found: list[Variant] = []
     impossible: dict[int, str] = {}
-    for degree in degrees:
+    for degree, apart in strides.items():
         reason = legal.why_not(degree)
         if reason:
             impossible[degree] = reason
@@ -89,8 +89,8 @@ def variants(
         for divided in (False, True) if seq_len % degree == 0 else (False,):
             if sequence_parallel not in (None, divided):
                 continue
-            for size in micro_batch_sizes:
-                found += _of_size(legal, degree, divided, size, price, shards_most=shards_most)
+            for stride, size in product(apart, micro_batch_sizes):
+                found += _of_size(legal, degree, stride, divided, size, price, shards_most=shards_most)
     return tuple(found), impossible
 
 
@@ -171,13 +171,13 @@ def _legal(graph: Graph) -> _Legal:
 
 
 def _of_size(
-    legal: _Legal, degree: int, sequence_parallel: bool, size: int, price: Price, *, shards_most: bool
+    legal: _Legal, degree: int, stride: int, sequence_parallel: bool, size: int, price: Price, *, shards_most: bool
 ) -> list[Variant]:
     """The fastest and the leanest choice at one micro-batch size, or the one that shards most; one where they are the
     same.
     """
     options = legal.options(degree, sequence_parallel)
-    priced = {option: Priced(option, price(option.lowered, size)) for found in options.values() for option in found}
+    priced = {o: Priced(o, price(o.lowered, size, stride)) for found in options.values() for o in found}
     chosen: list[Variant] = []
     orders: list[Callable[[Priced], tuple[float, float]]] = [lambda p: p.speed, lambda p: p.size]
     if shards_most:
@@ -189,6 +189,7 @@ def _of_size(
             tensor_parallel=degree,
             sequence_parallel=sequence_parallel,
             batch_per_device=size,
+            tensor_stride=stride,
             splits=tuple(p.option.split for p in best),
             costs=tuple(p.cost for p in best),
             **held._asdict(),

@@ -18,15 +18,17 @@ from autoparallel.cost.activations import replayed
 from autoparallel.ir.dims import evaluate
 from autoparallel.ir.graph import DTYPE_BYTES, Graph, Op, Parameter, TensorSpec
 from autoparallel.ir.ops import CONVERSIONS, DEFERRABLE, VOCABULARY_CROSS_ENTROPY, CollectiveKind, flops
+from autoparallel.plans.grid import Place
 from autoparallel.plans.strategy import Recomputation, StagePlan, Strategy
-from autoparallel.schedule.actions import Order, actions
+from autoparallel.schedule.actions import Order, actions, splits_backward
 from autoparallel.tensor_parallel.layout import ParameterSplit
 from autoparallel.tensor_parallel.splits import SplitGraph
 from autoparallel.tensor_parallel.values import LoweredSegment
 
 Phase = Literal["forward", "recompute", "backward", "step"]
 """`step` comes once, after the schedule."""
-Axis = Literal["tensor", "data", "pipeline", "tied", "world"]
+Axis = Literal["tensor", "data", "shard_groups", "pipeline", "tied", "world"]
+"""`shard_groups`: replicas that hold the same shards under hybrid sharding."""
 BUCKET_BYTES = 32 << 20
 """Gradients are summed in flat buckets: many small reductions cost latency, one huge one begins late. About the size of
 those of DistributedDataParallel (Li et al., arXiv 2006.15704).
@@ -47,22 +49,6 @@ class Transfer(NamedTuple):
 
 Traffic = Counter[Transfer]
 PhaseFlops = Counter[Phase]
-
-
-class Place(NamedTuple):
-    """A rank's indices in the mesh; tensor-parallel ranks are neighbours."""
-
-    stage: int
-    data_index: int
-    tensor_index: int
-
-    @classmethod
-    def of(cls, rank: int, strategy: Strategy) -> Place:
-        replica, tensor_index = divmod(rank, strategy.tensor_parallel)
-        return cls(*divmod(replica, strategy.data_parallel), tensor_index)
-
-    def rank(self, strategy: Strategy) -> int:
-        return (self.stage * strategy.data_parallel + self.data_index) * strategy.tensor_parallel + self.tensor_index
 
 
 class Shape(NamedTuple):
@@ -138,7 +124,7 @@ class RankStep:
 
     @cached_property
     def place(self) -> Place:
-        return Place.of(self.rank, self.strategy)
+        return self.strategy.place_of(self.rank)
 
     @cached_property
     def split(self) -> SplitGraph:
@@ -179,12 +165,25 @@ class RankStep:
     @property
     def _tensor_group(self) -> tuple[int, ...]:
         others = (self.place._replace(tensor_index=i) for i in range(self.strategy.tensor_parallel))
-        return tuple(place.rank(self.strategy) for place in others)
+        return tuple(map(self.strategy.rank_of, others))
+
+    def _replicas(self, indices: range) -> tuple[int, ...]:
+        return tuple(self.strategy.rank_of(self.place._replace(data_index=i)) for i in indices)
 
     @property
     def _data_group(self) -> tuple[int, ...]:
-        others = (self.place._replace(data_index=i) for i in range(self.strategy.data_parallel))
-        return tuple(place.rank(self.strategy) for place in others)
+        """Replicas that have the shards of one copy."""
+        first = self.place.data_index - self._shard_index
+        return self._replicas(range(first, first + self.strategy.shard_ways))
+
+    @property
+    def _shard_groups(self) -> tuple[int, ...]:
+        """Replicas that hold the same shard."""
+        return self._replicas(range(self._shard_index, self.strategy.data_parallel, self.strategy.shard_ways))
+
+    @property
+    def _shard_index(self) -> int:
+        return self.place.data_index % self.strategy.shard_ways
 
     # -------------------------------------------------------------------------------- activations
 
@@ -225,7 +224,7 @@ class RankStep:
     def _exchanged(
         self, phase: Phase, kind: Literal["send", "recv"], stage: int, specs: Sequence[TensorSpec]
     ) -> Traffic:
-        peer = self.place._replace(stage=stage % self.strategy.num_stages).rank(self.strategy)
+        peer = self.strategy.rank_of(self.place._replace(stage=stage % self.strategy.num_stages))
         return Counter(
             Transfer(phase, kind, "pipeline", (peer,), spec.dtype, spec.size_bytes(**self._size)) for spec in specs
         )
@@ -268,8 +267,22 @@ class RankStep:
                 backward = any(self.graph.runs_backward(segment) for p in unit for segment in p.segments)
                 if strategy.distribute_param == 3 and backward and not kept:
                     found[gathered._replace(phase="backward")] += times
-                for reduced in self._reduced(unit, stage):
+                reductions = self._reduced(unit, stage)
+                for reduced in reductions:
                     found[self._sharded("backward", "reduce_scatter", reduced)] += 1
+                if strategy.shard_groups > 1:
+                    found += self._summed_over_groups(reductions)
+        return found
+
+    def _summed_over_groups(self, reductions: list[list[Parameter]]) -> Traffic:
+        """Shards of what is reduced, once a step; with each reduction where a split backward has several kinds."""
+        if not splits_backward(self.strategy.schedule, self.strategy.num_stages):
+            reductions = reductions[-1:]
+        found: Traffic = Counter()
+        for reduced in reductions:
+            whole = self._sharded("backward", "reduce_scatter", reduced)
+            size_bytes = whole.size_bytes // self.strategy.shard_ways
+            found[Transfer("backward", "all_reduce", "shard_groups", self._shard_groups, whole.dtype, size_bytes)] += 1
         return found
 
     def _reduced(self, unit: list[Parameter], stage: int) -> list[list[Parameter]]:
@@ -293,7 +306,7 @@ class RankStep:
         return {op.inputs[DEFERRABLE[op.target].weight].name for op in ops if op.target in DEFERRABLE}
 
     def _sharded(self, phase: Phase, kind: CollectiveKind, unit: list[Parameter]) -> Transfer:
-        ways = self.strategy.data_parallel
+        ways = self.strategy.shard_ways
         shapes = [self._gradient(p) if kind == "reduce_scatter" else self._shape(p) for p in unit]
         size_bytes = sum(shape.padded(ways).size_bytes for shape in shapes)
         return Transfer(phase, kind, "data", self._data_group, shapes[0].dtype, size_bytes)
@@ -314,7 +327,7 @@ class RankStep:
             parts = [part for p in mine if (part := self._held_by_all(p)) is not None]
             found += _summed(addends + parts, "tensor", self._tensor_group)
         for stages in sorted({self._stages(p) for p in mine if len(self._stages(p)) > 1}):
-            group = tuple(self.place._replace(stage=stage).rank(strategy) for stage in stages)
+            group = tuple(strategy.rank_of(self.place._replace(stage=stage)) for stage in stages)
             found += _summed([self._piece(p) for p in mine if self._stages(p) == stages], "tied", group)
         return found
 
@@ -322,7 +335,7 @@ class RankStep:
         """What the rank holds of a parameter's reduced gradient."""
         shape = self._gradient(parameter)
         sharded = self.strategy.distribute_param > 0
-        return shape.shard(self.strategy.data_parallel, self.place.data_index) if sharded else shape
+        return shape.shard(self.strategy.shard_ways, self._shard_index) if sharded else shape
 
     def _held_by_all(self, parameter: Parameter) -> Shape | None:
         """Of the piece, the unsharded segments of a fused projection."""
@@ -331,7 +344,7 @@ class RankStep:
             return None
         (dim, held), piece = found, self._piece(parameter)
         if dim == 0 and self.strategy.distribute_param > 0:
-            start = self.place.data_index * -(-self._shape(parameter).dims[0] // self.strategy.data_parallel)
+            start = self._shard_index * -(-self._shape(parameter).dims[0] // self.strategy.shard_ways)
             held = held[(held >= start) & (held < start + piece.dims[0])]
         return piece._replace(dims=(*piece.dims[:dim], len(held), *piece.dims[dim + 1 :]))
 

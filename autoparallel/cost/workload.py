@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from autoparallel.cost.collectives import worst_spread
 from autoparallel.cost.practice import OURS, Practice
 from autoparallel.cost.tables import CostTable
 from autoparallel.ir.flavor import Flavor
@@ -73,6 +74,8 @@ class Variant(Schema):
     tensor_parallel: int
     sequence_parallel: bool
     batch_per_device: int
+    tensor_stride: int = 1
+    """Ranks between neighbours of the group; strides that spread it over hosts alike cost the same."""
     splits: tuple[tuple[str, ...], ...]
     """By segment class: the parameter dims that are sharded."""
     costs: tuple[SegmentCost, ...]
@@ -122,8 +125,18 @@ class Workload(Schema):
         return [
             (self._under(variant), strategy.model_copy(update={"splits": variant.splits}))
             for variant in self.variants
-            if _serves(variant, strategy)
+            if self._serves(variant, strategy)
         ]
+
+    def _serves(self, variant: Variant, strategy: Strategy) -> bool:
+        asked = (strategy.tensor_parallel, strategy.sequence_parallel, strategy.batch_per_device)
+        offered = (variant.tensor_parallel, variant.sequence_parallel, variant.batch_per_device)
+        if asked != offered or strategy.splits not in (None, variant.splits):
+            return False
+        strides = (strategy.stride_of("tp"), variant.tensor_stride)
+        cluster = (self.flavor.num_devices, self.flavor.devices_per_host)
+        asked_spread, offered_spread = (worst_spread(*cluster, strategy.tensor_parallel, stride) for stride in strides)
+        return asked_spread == offered_spread
 
     def _under(self, variant: Variant) -> Workload:
         return self.model_copy(
@@ -154,9 +167,3 @@ class Workload(Schema):
         own = [self.parameters[i] for i in inside]
         own += [s.count for s in self.shared if any(i in inside for i in s.segments)]
         return ParameterCount(trainable=sum(c.trainable for c in own), frozen=sum(c.frozen for c in own))
-
-
-def _serves(variant: Variant, strategy: Strategy) -> bool:
-    asked = (strategy.tensor_parallel, strategy.sequence_parallel, strategy.batch_per_device)
-    offered = (variant.tensor_parallel, variant.sequence_parallel, variant.batch_per_device)
-    return asked == offered and strategy.splits in (None, variant.splits)

@@ -6,17 +6,19 @@ Saved as JSON. Same question, same bytes: it holds no time, no host and no path.
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from autoparallel.errors import PlanFormatError, PlanMismatchError
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.precision import Precision
 from autoparallel.ir.schema import Schema
 from autoparallel.plans import files
-from autoparallel.plans.candidate import Candidate
+from autoparallel.plans.candidate import Candidate, Pruned
 from autoparallel.plans.estimate import Estimate
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
 
@@ -39,6 +41,28 @@ class ModelSummary(Schema):
     """Class of each block in order; equal blocks share a class."""
 
 
+class Remembered:
+    """What a plan was made for, while the process lives: never compared, copied, saved or sent, and a model that can
+    be freed is not kept from it.
+    """
+
+    def __init__(self, model: Any = None) -> None:
+        self._model: Any = weakref.ref(model) if hasattr(model, "named_parameters") else lambda: model
+
+    @property
+    def model(self) -> Any:
+        """A model, its config or path, or its captured graph; None if that is not known."""
+        return self._model()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remembered)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        return Remembered, ()
+
+
 class Plan(Schema):
     """How one model trains on one flavor, and why so."""
 
@@ -54,12 +78,19 @@ class Plan(Schema):
     strategy: Strategy
     """The chosen one, its stages filled in."""
     estimate: Estimate
+    bound_s: float = Field(default=0.0, ge=0.0)
+    """No plan of the space that was searched has a shorter predicted step."""
+    num_candidates: int = Field(default=0, ge=0)
+    """In that space."""
     candidates: tuple[Candidate, ...]
-    """All of them, in enumeration order."""
+    """Those that were looked at one by one, in the order of the space."""
+    pruned: tuple[Pruned, ...] = ()
+    """The others, in groups, and why none of them can be better."""
     notes: tuple[str, ...] = ()
     """What capture had to do differently, and what tensor parallelism computes on whole tensors."""
     assumptions: tuple[str, ...] = ()
     """Figures of kind "assumed" in the cost table that the prices rest on."""
+    _remembered: Remembered = PrivateAttr(default_factory=Remembered)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Plan:
@@ -67,6 +98,16 @@ class Plan(Schema):
         _check_stages(self)
         _check_recomputation(self)
         _check_amounts(self)
+        return self
+
+    @property
+    def gap(self) -> float:
+        """By what share of it the predicted step may exceed the shortest of the space, at most."""
+        return self.estimate.step_time_s / self.bound_s - 1 if self.bound_s > 0 else 0.0
+
+    def asked_for(self, model: Any) -> Plan:
+        """This plan, which now remembers its model."""
+        self._remembered = Remembered(model)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -89,8 +130,21 @@ class Plan(Schema):
         """sha256 of the canonical JSON; ranks compare it before they run."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def explain(self) -> str:
-        """The plan in words and tables: what was chosen, what it costs, and why not the others."""
+    @property
+    def remembered(self) -> Any:
+        """Its model, a config or path of it, or its graph; None for a plan from a file."""
+        return self._remembered.model
+
+    def explain(self, *, why_not: Constraints | Mapping[str, Any] | str | None = None, model: Any = None) -> str:
+        """The plan in words and tables: what was chosen, what it costs, and why not the others.
+
+        `why_not` (such as "tensor_parallel=8", a dict or `Constraints`) asks about one other way instead: the best plan
+        under those constraints is made and put beside this one. A plan from a file needs its `model` for that.
+        """
+        if why_not is not None:
+            from autoparallel.report.compare import why_not_text
+
+            return why_not_text(self, why_not, model=model)
         from autoparallel.report.explain import explain
 
         return explain(self)

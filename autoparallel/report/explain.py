@@ -1,23 +1,23 @@
 """A plan in, plain ASCII text out: what was chosen, what it is predicted to cost, and why not each of the others.
 
-Every time and every byte is predicted by the cost model. Names from files lose their control characters first, so that
-no plan can steer a terminal.
+Every time and every byte is predicted by the cost model.
 """
 
 from __future__ import annotations
 
-import textwrap
-import unicodedata
 from collections.abc import Callable, Sequence
 
 from autoparallel.ir.precision import Precision
+from autoparallel.plans.candidate import Pruned
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection
+from autoparallel.plans.grid import AXES
 from autoparallel.plans.plan import Plan
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
+from autoparallel.report.text import clean, count, duration, safe, table, wrapped
 
-WIDTH = 110
 NUM_RUNNERS_UP = 5
-MAX_NAME = 60
+EXACT = 1e-6
+"""A proved gap that is rounding."""
 GIB = 2**30
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "reserve")
 CHOICES: dict[str, Callable[[Strategy], str]] = {
@@ -25,8 +25,9 @@ CHOICES: dict[str, Callable[[Strategy], str]] = {
     "tensor parallel": lambda s: _tensor(s),
     "micro-batches": lambda s: f"{s.num_micro_batches} of {s.batch_per_device} rows",
     "recomputation": lambda s: s.recomputation_range,
-    "sharding": lambda s: f"distribute_param {s.distribute_param}",
+    "sharding": lambda s: f"distribute_param {_sharding(s)}",
     "schedule": lambda s: _schedule(s),
+    "mesh order": lambda s: " ".join(s.mesh_order or AXES),
 }
 
 Priced = tuple[Strategy, Estimate]
@@ -46,28 +47,23 @@ def explain(plan: Plan) -> str:
         _runners_up(plan, possible),
         _alternatives(plan, possible),
         _impossible(plan),
+        _pruned(plan),
         _assumptions(plan),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def clean(text: str) -> str:
-    """`text` in one line without control, formatting or bidirectional characters, cut to a table's width."""
-    kept = "".join(c for c in text if unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp"))
-    return kept if len(kept) <= MAX_NAME else kept[: MAX_NAME - 3] + "..."
 
 
 def _question(plan: Plan) -> str:
     model, flavor = plan.model, plan.flavor
     hosts = f"{flavor.num_hosts} host{'s' if flavor.num_hosts > 1 else ''}"
     capacity = f"{flavor.memory_bytes / GIB:.1f} GiB each, of which {_usable(plan) / GIB:.1f} may be used"
-    parameters = f"{_count(model.num_parameters)} parameters ({_count(model.trainable_parameters)} trainable)"
+    parameters = f"{count(model.num_parameters)} parameters ({count(model.trainable_parameters)} trainable)"
     lines = [
         f"model   {clean(model.architecture)}, {parameters}, {model.num_blocks} blocks",
         f"flavor  {clean(flavor.name)}: {flavor.num_devices} x {clean(flavor.device)} in {hosts}, {capacity}",
         f"batch   {plan.batch_size} rows of {plan.seq_len} tokens a step, {_dtypes(plan.precision)}",
     ]
-    return "\n".join([f"Plan for {clean(model.name)}", *(row for line in lines for row in _wrapped(line, indent="  "))])
+    return "\n".join([f"Plan for {clean(model.name)}", *(row for line in lines for row in wrapped(line, indent="  "))])
 
 
 def _dtypes(precision: Precision) -> str:
@@ -76,26 +72,30 @@ def _dtypes(precision: Precision) -> str:
 
 
 def _choice(plan: Plan) -> str:
-    estimate, count = plan.estimate, len(plan.candidates)
+    estimate, count = plan.estimate, plan.num_candidates or len(plan.candidates)
     num_possible = sum(candidate.estimate is not None for candidate in plan.candidates)
+    looked_at = f"{len(plan.candidates)} looked at one by one, " if count > len(plan.candidates) else ""
     speed = f"{estimate.tokens_per_second:,.0f} tokens/s, MFU {100 * estimate.mfu:.1f} %"
     lines = [
-        f"Chosen, of {count} candidates ({num_possible} possible)",
-        *_wrapped(plan.strategy.summary(), indent="  "),
+        f"Chosen, of {count} candidates ({looked_at}{num_possible} possible)",
+        *wrapped(plan.strategy.summary(), indent="  "),
     ]
-    lines.append(f"  predicted: {_duration(estimate.step_time_s)} a step, {speed}")
+    lines.append(f"  predicted: {duration(estimate.step_time_s)} a step, {speed}")
+    if plan.bound_s:
+        proof = "none of the others is" if plan.gap < EXACT else f"others are at most {100 * plan.gap:.2f} %"
+        lines.append(f"  proved: {proof} faster, by the same predictions")
     return "\n".join(lines)
 
 
 def _stages(plan: Plan) -> str:
     rows = [["stage", "holds", "parameters", "forward", "backward", "recomputation"]]
     for rank, cost in enumerate(plan.estimate.stages):
-        times = [_duration(cost.forward_s), _duration(cost.backward_s)]
+        times = [duration(cost.forward_s), duration(cost.backward_s)]
         stages = plan.strategy.stages_of(rank)
         holds = _holds(stages, num_blocks=plan.model.num_blocks)
         levels = "; ".join(dict.fromkeys(_levels(stage) for stage in stages))
-        rows.append([str(rank), holds, _count(cost.parameters), *times, levels])
-    return "Stages, per device; times predicted for one micro-batch\n" + _table(rows, left=(1, 5))
+        rows.append([str(rank), holds, count(cost.parameters), *times, levels])
+    return "Stages, per device; times predicted for one micro-batch\n" + table(rows, left=(1, 5))
 
 
 def _memory(plan: Plan) -> str:
@@ -108,7 +108,7 @@ def _memory(plan: Plan) -> str:
         sizes = [f"{stage.memory_parts_bytes.get(name, 0) / GIB:.2f}" for name in parts]
         peak = stage.peak_memory_bytes
         rows.append([str(index), f"{peak / GIB:.2f}", f"{100 * peak / usable:.0f} %", *sizes])
-    return f"Predicted peak memory per device, GiB; usable: {usable / GIB:.2f}\n" + _table(rows)
+    return f"Predicted peak memory per device, GiB; usable: {usable / GIB:.2f}\n" + table(rows)
 
 
 def _breakdown(estimate: Estimate) -> str:
@@ -116,9 +116,9 @@ def _breakdown(estimate: Estimate) -> str:
     step_time_s = estimate.step_time_s or 1.0
     for name, time_s in _terms(estimate.breakdown_s).items():
         if time_s:
-            rows.append([name, _duration(time_s), f"{100 * time_s / step_time_s:.1f} %"])
-    rows.append(["step", _duration(estimate.step_time_s), "100.0 %"])
-    return "Predicted step time\n" + _table(rows, left=(0,))
+            rows.append([name, duration(time_s), f"{100 * time_s / step_time_s:.1f} %"])
+    rows.append(["step", duration(estimate.step_time_s), "100.0 %"])
+    return "Predicted step time\n" + table(rows, left=(0,))
 
 
 def _tensor_parallel(plan: Plan) -> str:
@@ -132,15 +132,15 @@ def _tensor_parallel(plan: Plan) -> str:
     names = {0: "embedding", len(splits) - 1: "head and loss"}
     for cls, split in enumerate(splits):
         kind = f"blocks ({of_blocks.index(cls) + 1} of {len(of_blocks)} kinds)" if len(of_blocks) > 1 else "blocks"
-        divided = ", ".join(map(_safe, split)) or "none"
-        lines += _wrapped(f"{names.get(cls, kind)}: {divided}", indent="  ")
+        divided = ", ".join(map(safe, split)) or "none"
+        lines += wrapped(f"{names.get(cls, kind)}: {divided}", indent="  ")
     share = 100 * estimate.replicated_s / (estimate.breakdown_s.compute or 1.0)
-    lines.append(f"  repeated by every rank: {_duration(estimate.replicated_s)} a step, {share:.1f} % of compute")
+    lines.append(f"  repeated by every rank: {duration(estimate.replicated_s)} a step, {share:.1f} % of compute")
     return "\n".join(lines)
 
 
 def _notes(plan: Plan) -> str:
-    lines = [line for note in plan.notes for line in _wrapped(_safe(note), indent="  - ")]
+    lines = [line for note in plan.notes for line in wrapped(safe(note), indent="  - ")]
     return "\n".join(["Notes", *lines]) if lines else ""
 
 
@@ -152,8 +152,8 @@ def _runners_up(plan: Plan, possible: list[Priced]) -> str:
     rows = [["candidate", "predicted", "ratio", "loses most in"]]
     for strategy, estimate in others:
         ratio = estimate.step_time_s / (plan.estimate.step_time_s or 1.0)
-        rows.append([_label(strategy), _duration(estimate.step_time_s), f"{ratio:.3f}", _loss(plan.estimate, estimate)])
-    return "Why this one: the runners-up\n" + _table(rows, left=(0, 3))
+        rows.append([_label(strategy), duration(estimate.step_time_s), f"{ratio:.3f}", _loss(plan.estimate, estimate)])
+    return "Why this one: the runners-up\n" + table(rows, left=(0, 3))
 
 
 def _alternatives(plan: Plan, possible: list[Priced]) -> str:
@@ -161,15 +161,17 @@ def _alternatives(plan: Plan, possible: list[Priced]) -> str:
     rows = [["choice", "chosen", "best other", "predicted", "change", "loses most in"]]
     for name, value in CHOICES.items():
         chosen = value(plan.strategy)
+        if name == "mesh order" and not any(candidate.strategy.mesh_order for candidate in plan.candidates):
+            continue
         best = next(((s, e) for s, e in possible if value(s) != chosen), None)
         if best is not None:
             strategy, estimate = best
             change = 100 * (estimate.step_time_s / (plan.estimate.step_time_s or 1.0) - 1)
-            costs = [_duration(estimate.step_time_s), f"{change:+.1f} %", _loss(plan.estimate, estimate)]
+            costs = [duration(estimate.step_time_s), f"{change:+.1f} %", _loss(plan.estimate, estimate)]
             rows.append([name, chosen, value(strategy), *costs])
         else:
             rows.append([name, chosen, _no_alternative(plan, value, chosen), "-", "-", "-"])
-    return "Each choice: the best candidate that differs in it, other choices free\n" + _table(rows, left=(0, 1, 2, 5))
+    return "Each choice: the best candidate that differs in it, other choices free\n" + table(rows, left=(0, 1, 2, 5))
 
 
 def _no_alternative(plan: Plan, value: Callable[[Strategy], str], chosen: str) -> str:
@@ -177,6 +179,8 @@ def _no_alternative(plan: Plan, value: Callable[[Strategy], str], chosen: str) -
     others = [candidate for candidate in plan.candidates if value(candidate.strategy) != chosen]
     if any(candidate.estimate is not None for candidate in others):
         return "the same programs"
+    if plan.pruned:
+        return "none that could be faster"
     return f"none possible of {len(others)}" if others else "none tried"
 
 
@@ -192,12 +196,25 @@ def _impossible(plan: Plan) -> str:
         sizes = sorted(r.shortfall_bytes for r in rejections if r.shortfall_bytes)
         span = " to ".join(dict.fromkeys(f"{size / GIB:.2f}" for size in (sizes[:1] + sizes[-1:])))
         amount = f", {span} GiB short on a device" if sizes else ""
-        lines += _wrapped(f"{len(rejections)} by {clean(kind)}{amount}; nearest: {_safe(nearest.reason)}", indent="  ")
+        lines += wrapped(f"{len(rejections)} by {clean(kind)}{amount}; nearest: {safe(nearest.reason)}", indent="  ")
     return "\n".join(["Impossible candidates (predicted)", *lines]) if lines else ""
 
 
+def _pruned(plan: Plan) -> str:
+    """What was not looked at one by one, by reason."""
+    groups: dict[str, list[Pruned]] = {}
+    for group in plan.pruned:
+        groups.setdefault(group.reason, []).append(group)
+    lines = []
+    for reason, members in groups.items():
+        bounds = sorted(group.bound_s for group in members)
+        shortest = f"; their steps take {duration(bounds[0])} or more" if bounds[0] > 0 else ""
+        lines += wrapped(f"{sum(group.count for group in members)}: {safe(reason)}{shortest}", indent="  ")
+    return "\n".join(["Candidates that cannot be the best (predicted)", *lines]) if lines else ""
+
+
 def _assumptions(plan: Plan) -> str:
-    lines = [line for assumption in plan.assumptions for line in _wrapped(_safe(assumption), indent="  - ")]
+    lines = [line for assumption in plan.assumptions for line in wrapped(safe(assumption), indent="  - ")]
     return "\n".join(["Assumed figures that these predictions rest on", *lines]) if lines else ""
 
 
@@ -229,12 +246,19 @@ def _same(one: Strategy, other: Strategy) -> bool:
 def _label(strategy: Strategy) -> str:
     parts = [f"pp {strategy.num_stages}", f"dp {strategy.data_parallel}", f"tp {_tensor(strategy)}"]
     parts.append(f"micro {strategy.num_micro_batches} x {strategy.batch_per_device}")
-    parts += [strategy.recomputation_range, f"shard {strategy.distribute_param}", _schedule(strategy)]
+    parts += [strategy.recomputation_range, f"shard {_sharding(strategy)}", _schedule(strategy)]
+    parts += [" ".join(strategy.mesh_order)] if strategy.mesh_order else []
     return ", ".join(parts)
 
 
 def _schedule(strategy: Strategy) -> str:
     return f"{strategy.schedule} x {strategy.virtual_stages}" if strategy.virtual_stages > 1 else strategy.schedule
+
+
+def _sharding(strategy: Strategy) -> str:
+    """The level, and over how many replicas where that is not all of them."""
+    groups = f" over {strategy.shard_group_size}" if strategy.shard_group_size else ""
+    return f"{strategy.distribute_param}{groups}"
 
 
 def _tensor(strategy: Strategy) -> str:
@@ -248,7 +272,7 @@ def _loss(chosen: Estimate, other: Estimate) -> str:
     terms = _terms(chosen.breakdown_s)
     losses = {name: time_s - terms[name] for name, time_s in _terms(other.breakdown_s).items()}
     worst = max(losses, key=lambda name: losses[name])
-    return f"{worst} +{_duration(losses[worst])}" if losses[worst] > 1e-9 else "nothing"
+    return f"{worst} +{duration(losses[worst])}" if losses[worst] > 1e-9 else "nothing"
 
 
 def _terms(breakdown: Breakdown) -> dict[str, float]:
@@ -277,42 +301,4 @@ def _levels(stage: StagePlan) -> str:
 
 
 def _usable(plan: Plan) -> float:
-    return plan.flavor.memory_bytes * plan.constraints.memory_ratio
-
-
-def _count(number: int) -> str:
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            return f"{number / size:.2f} {letter}"
-    return str(number)
-
-
-def _duration(time_s: float) -> str:
-    return (
-        f"{time_s:,.2f} s"
-        if time_s >= 10
-        else f"{time_s * 1e3:,.1f} ms"
-        if time_s >= 1e-3
-        else f"{time_s * 1e6:.1f} us"
-    )
-
-
-def _safe(text: str) -> str:
-    """A whole sentence: cleaned word by word."""
-    return " ".join(clean(word) for word in text.split())
-
-
-def _wrapped(text: str, *, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)) or [indent.rstrip()]
-
-
-def _table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; `left` names the columns that are words."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells))[:WIDTH].rstrip())
-    return "\n".join(lines)
+    return plan.flavor.memory_bytes * plan.constraints.usable_ratio(plan.flavor.memory_bytes)

@@ -40,12 +40,7 @@ class Engine:
         strategy = plan.strategy
         assert strategy.stages is not None
         self.plan, self.strategy, self.device = plan, strategy, device
-        self.mesh = Mesh.create(
-            num_stages=strategy.num_stages,
-            data_parallel=strategy.data_parallel,
-            tensor_parallel=strategy.tensor_parallel,
-            device_type=device.type,
-        )
+        self.mesh = Mesh.create(strategy, device_type=device.type)
         self.split = SplitGraph.of_strategy(program.graph, strategy)
         stage_of_segment = [
             index % strategy.num_stages
@@ -192,7 +187,7 @@ class Engine:
         seed = torch.randint(1 << 62, (), device="cpu")
         dist.broadcast(seed, src=0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            apart = 0x9E3779B9 * (1 + dist.get_rank() // self.mesh.tensor_parallel)
+            apart = 0x9E3779B9 * (1 + self.mesh.stage * self.mesh.data_parallel + self.mesh.data_index)
             torch.manual_seed((int(seed) + apart) % (1 << 62))
             yield
 

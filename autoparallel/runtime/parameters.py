@@ -115,8 +115,12 @@ class Parameters:
     @property
     def spread(self) -> bool:
         """Whether ranks hold different pieces; replicas do not."""
-        mesh = self.mesh
-        return mesh.num_stages > 1 or mesh.tensor_parallel > 1 or (self.sharded and mesh.data_parallel > 1)
+        return self.mesh.num_stages > 1 or self.mesh.tensor_parallel > 1 or self.ways > 1
+
+    @property
+    def ways(self) -> int:
+        """Replicas that a parameter is cut over: the first so many hold all of it, the next ones the same again."""
+        return self.mesh.shard_ways if self.sharded else 1
 
     def first_holder(self, placed: Placed) -> int:
         """The first rank that holds any of a parameter."""
@@ -169,7 +173,7 @@ class Parameters:
         and later copies of tied parameters do not count.
         """
         first_copy = bool(placed.stages) and self.mesh.stage == placed.stages[0]
-        if placed.split is None or not first_copy or not (self.sharded or self.mesh.data_index == 0):
+        if placed.split is None or not first_copy or self.mesh.data_index >= self.ways:
             return None
         if self.mesh.tensor_index == 0:
             return piece
@@ -192,7 +196,7 @@ class Parameters:
             return None
         dim, held = found
         if dim == 0 and isinstance(leaf, DTensor):
-            start = self.mesh.data_index * -(-leaf.shape[0] // self.mesh.data_parallel)
+            start = self.mesh.data_index % self.ways * -(-leaf.shape[0] // self.ways)
             held = held[(held >= start) & (held < start + len(placed.master))] - start
         return dim, torch.from_numpy(held).to(placed.master.device)
 
@@ -227,8 +231,9 @@ class Parameters:
         indices = whole if placed.split is None else placed.split.indices(tensor_index)
         if self.sharded and placed.stages:
             rows = np.arange(placed.shape[0]) if indices[0] is None else indices[0]
-            length = -(-len(rows) // self.mesh.data_parallel)  # as fully_shard chunks: evenly, the last ones shorter
-            indices[0] = rows[data_index * length : (data_index + 1) * length]
+            length = -(-len(rows) // self.ways)  # as fully_shard chunks: evenly, the last ones shorter
+            start = data_index % self.ways * length
+            indices[0] = rows[start : start + length]
         return tuple(indices)
 
     def _gathered(self, placed: Placed, piece: Tensor) -> Tensor:
@@ -250,13 +255,6 @@ class Parameters:
         """Copy a whole parameter's value into this rank's piece."""
         with torch.no_grad():
             placed.master.copy_(self.piece(placed, value))
-
-
-def distribute(value: Tensor, like: DTensor) -> Tensor:
-    """This rank's piece of `value`, cut as `like` is: fully_shard chunks dim 0 evenly, the last ones shorter."""
-    chunks = value.chunk(like.device_mesh.size(), dim=0)
-    index = like.device_mesh.get_local_rank()
-    return chunks[index] if index < len(chunks) else value[:0]
 
 
 def like(piece: Tensor, template: DTensor) -> DTensor:
@@ -315,13 +313,13 @@ def shard(
     stage: nn.Module, parameters: Parameters, *, distribute_param: int, backward: Container[str], keeps_last: bool
 ) -> None:
     """fully_shard every block and then the stage (FSDP2, arXiv 2304.11277), and point the masters at this rank's
-    shards.
+    shards; over a mesh of two axes the first one's ranks hold the same.
 
     Segments that share a parameter stay with the stage's own group, since a parameter belongs to one group only.
     `backward` names the segments that gradients pass through. With `keeps_last` the last segment's group stays gathered
     until its backward.
     """
-    mesh, precision = parameters.mesh.device_mesh["dp_shard"], parameters.precision
+    mesh, precision = parameters.mesh.sharding_mesh, parameters.precision
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision.compute_dtype),
         reduce_dtype=getattr(torch, precision.gradient_dtype),

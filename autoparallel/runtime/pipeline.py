@@ -57,7 +57,11 @@ class Pipeline:
         reduction: Reduction | None,
     ) -> None:
         self.stages, self.strategy, self.mesh, self.device = stages, strategy, mesh, device
-        self.sharding = [Sharding(stage.module, strategy.distribute_param, reduction) for stage in stages]
+        splits = splits_backward(strategy.schedule, strategy.num_stages)
+        self.sharding = [
+            Sharding(stage.module, strategy.distribute_param, splits_backward=splits, reduction=reduction)
+            for stage in stages
+        ]
         self._schedules: dict[tuple[int, int, int], Schedule] = {}
         self._one: Tensor | None = None
 

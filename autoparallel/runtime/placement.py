@@ -81,7 +81,7 @@ def on_first_rank(parameters: Parameters, placed: Placed) -> Tensor | None:
     whole = torch.empty(placed.shape, dtype=placed.master.dtype) if is_first else None
     mesh, split = parameters.mesh, placed.split
     assert split is not None
-    for data_index in range(mesh.data_parallel if parameters.sharded else 1):
+    for data_index in range(parameters.ways):
         for tensor_index in range(mesh.tensor_parallel if split.is_sharded else 1):
             owner = mesh.rank_of(stage=placed.stages[0], data_index=data_index, tensor_index=tensor_index)
             held = parameters.held(placed, data_index=data_index, tensor_index=tensor_index)

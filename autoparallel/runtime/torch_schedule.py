@@ -31,15 +31,23 @@ Inputs = dict[str, Tensor]
 class Sharding:
     """When a stage's gradients are reduced over replicas, and its parameters given back."""
 
-    def __init__(self, stage: nn.Module, distribute_param: int, reduction: Reduction | None = None) -> None:
+    def __init__(
+        self,
+        stage: nn.Module,
+        distribute_param: int,
+        *,
+        splits_backward: bool = False,
+        reduction: Reduction | None = None,
+    ) -> None:
         self.stage, self.level, self.reduction = stage, distribute_param, reduction
+        self.splits_backward = splits_backward
         self.leaves = list(stage.parameters())
         if reduction is not None:
             reduction.add_user(self.leaves)
 
     def before_backward(self, *, last: bool) -> None:
         """Level 1 reduces gradients after the last micro-batch, 2 and 3 after each; only 3 gives parameters back in
-        between.
+        between. Groups that hold the same shards sum theirs after the last, or with each half of a split backward.
         """
         self._set(is_last=last, reduces=last or self.level >= 2, gives_back=last or self.level == 3)
         if last and self.reduction is not None:
@@ -83,6 +91,8 @@ class Sharding:
         if isinstance(self.stage, FSDPModule):
             self.stage.set_is_last_backward(is_last)
             self.stage.set_requires_gradient_sync(reduces)
+            # torch keeps what waits for its sum as one flat tensor, and each half of a split backward fills another.
+            self.stage.set_requires_all_reduce(is_last or self.splits_backward)
             self.stage.set_reshard_after_backward(gives_back)
 
 

@@ -129,6 +129,11 @@ def in_flight(
     schedule: ScheduleName, num_stages: int, num_micro_batches: int, virtual_stages: int = 1
 ) -> tuple[tuple[InFlight, ...], ...]:
     """By rank: the moments that may be the peak of its memory, since no other moment holds as many or more of each."""
+    if schedule == "gpipe" and virtual_stages == 1:
+        return ((InFlight((num_micro_batches,), (0,)),),) * num_stages
+    if schedule != "gpipe":
+        # Beyond the first few, every group of micro-batches goes like the one before.
+        num_micro_batches = min(num_micro_batches, 2 * (virtual_stages + 1) * num_stages)
     orders = actions(schedule, num_stages, num_micro_batches, virtual_stages)
     return tuple(_peaks(order, virtual_stages=virtual_stages) for order in orders)
 

@@ -8,70 +8,70 @@ costs most, so that one budget serves both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import combinations
-
-import numpy as np
-from numpy.typing import NDArray
 
 from autoparallel.cost.memory import rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
-from autoparallel.search.relax import Relaxation
+from autoparallel.search.stage_costs import StageCosts
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
+from autoparallel.search.windows import Firsts
 
 BUDGET_ACTIONS = 20_000
 """Actions to simulate for one strategy: about 15 ms."""
-
-Firsts = tuple[int, ...]
-"""First segment of every stage."""
 
 
 @dataclass
 class Cuts:
     """The cuts of one strategy, and what they cost."""
 
-    workload: Workload
-    strategy: Strategy
-    fits: Sequence[NDArray[np.bool_]]
-    """[stage][first, last]: whether the range has a block and fits into memory, alone on its rank."""
-    limit_bytes: int
-    """Memory of a rank."""
+    stages: StageCosts
     _seconds: dict[StagePlan, StageSeconds] = field(default_factory=dict)
     _rank_bytes: dict[tuple[int, tuple[StagePlan, ...]], int] = field(default_factory=dict)
 
-    @cached_property
-    def _relaxation(self) -> Relaxation:
-        return Relaxation(self.workload, self.strategy)
+    @property
+    def workload(self) -> Workload:
+        return self.stages.workload
 
-    def plans(self, firsts: Firsts) -> tuple[StagePlan, ...]:
-        """The stages, recomputing no more than the strategy asks for and memory needs."""
+    @property
+    def strategy(self) -> Strategy:
+        return self.stages.strategy
+
+    def plans(self, firsts: Firsts, *, relaxed: bool = True) -> tuple[StagePlan, ...]:
+        """The stages, recomputing no more than the strategy asks for and memory needs; or as much as it allows."""
         ends = (*firsts[1:], len(self.workload.segment_classes))
         plans = tuple(
             StagePlan(first_segment=first, last_segment=end - 1, recomputation=self.strategy.recomputation)
             for first, end in zip(firsts, ends, strict=True)
         )
-        return self._relaxation.stages(plans)
+        return self.stages.relaxation.stages(plans) if relaxed else plans
 
     def all_fit(self, firsts: Firsts) -> bool:
         """Whether each stage has a block and each rank's stages fit into its memory."""
         ends = (*firsts[1:], len(self.workload.segment_classes))
-        stages = zip(self.fits, firsts, ends, strict=True)
-        if not all(first < end and bool(mask[first, end - 1]) for mask, first, end in stages):
-            return False
+        for stage, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+            alone = self.strategy.total_stages == 1
+            if not alone and max(first, 1) > min(end - 1, self.workload.num_blocks):
+                return False
+            if not self.stages.fits(stage)[self.stages.runs.ids[first, end - 1]]:
+                return False
         return self.strategy.virtual_stages == 1 or max(self.excess_bytes(firsts)) <= 0
 
     def excess_bytes(self, firsts: Firsts) -> list[int]:
         """By how much each rank's stages miss its memory; negative where they fit."""
-        cut = self.strategy.model_copy(update={"stages": self.plans(firsts)})
+        return self.excess_bytes_of(self.plans(firsts))
+
+    def excess_bytes_of(self, stages: tuple[StagePlan, ...]) -> list[int]:
+        """The same, of stages with their levels of recomputation."""
+        cut = self.strategy.model_copy(update={"stages": stages})
         ranks = list(enumerate(cut.stages_of(rank) for rank in range(cut.num_stages)))
         for rank, plans in ranks:
             if (rank, plans) not in self._rank_bytes:
                 self._rank_bytes[rank, plans] = sum(rank_memory(self.workload, cut, rank=rank).values())
-        return [self._rank_bytes[key] - self.limit_bytes for key in ranks]
+        return [self._rank_bytes[key] - self.stages.limit_bytes for key in ranks]
 
     def step_time_s(self, firsts: Firsts) -> float:
         plans = self.plans(firsts)

@@ -24,15 +24,17 @@ from types import TracebackType
 from loguru import logger
 
 import autoparallel
-from autoparallel.cost.workload import Workload
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import Strategy
-from autoparallel.search.worker import Kind, run_job
+from autoparallel.search.price import solve
+from autoparallel.search.problem import Problem
 from autoparallel.settings import read_settings
 
 MAX_DEFAULT_WORKERS = 8
-MIN_JOBS = 64
-"""Fewer jobs run in this process: starting workers takes about 0.25 s, and a job 2 to 10 ms (measured)."""
+PATIENCE_S = 2.0
+"""Jobs run in this process until so much time has gone: starting a worker and reading the workload there takes a second
+of a core, and most searches end before (measured).
+"""
 CHUNKS_PER_WORKER = 4
 MAX_CHUNK = 16
 GRACE_S = 1.0
@@ -46,6 +48,20 @@ def default_num_workers() -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores == 1 else min(cores, MAX_DEFAULT_WORKERS)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Strategies to solve under one limit."""
+
+    strategies: Sequence[Strategy]
+    within_s: Sequence[float]
+    """Of each."""
+    polished: bool = False
+
+    def run(self, problem: Problem, index: int) -> Candidate:
+        """One of them, in this process."""
+        return solve(problem, self.strategies[index], self.within_s[index], polished=self.polished)
 
 
 @dataclass
@@ -65,10 +81,11 @@ class _Worker:
 
 
 class WorkerPool:
-    """Workers for one workload; `num_workers=0` computes in this process. Workers start with the first long list."""
+    """Workers for one problem; `num_workers=0` computes in this process. Workers start when that pays."""
 
-    def __init__(self, workload: Workload, num_workers: int, *, min_jobs: int = MIN_JOBS) -> None:
-        self._workload, self._num_workers, self._min_jobs = workload, num_workers, min_jobs
+    def __init__(self, problem: Problem, num_workers: int, *, patience_s: float = PATIENCE_S) -> None:
+        self._problem, self._num_workers = problem, num_workers
+        self._start_at_s = time.perf_counter() + patience_s
         self._workers: list[_Worker] = []
         self._readers: list[Thread] = []
         self._lines: SimpleQueue[tuple[_Worker, str | None]] = SimpleQueue()
@@ -86,39 +103,40 @@ class WorkerPool:
         """Of the workers that run."""
         return [worker.process.pid for worker in self._workers if worker.alive]
 
-    def map(self, kind: Kind, strategies: Sequence[Strategy]) -> Iterator[tuple[int, Candidate]]:
+    def map(self, jobs: Jobs) -> Iterator[tuple[int, Candidate]]:
         """(index, candidate) of every strategy, in the order in which they are done."""
         assert not any(worker.owed for worker in self._workers), "the last map was not read to its end"
-        if not self._workers and self._num_workers > 0 and len(strategies) >= self._min_jobs:
+        num_jobs = len(jobs.strategies)
+        if not self._workers and self._num_workers > 0 and num_jobs > 1 and time.perf_counter() >= self._start_at_s:
             self._start()
         if not self.pids:
-            for index, strategy in enumerate(strategies):
-                yield index, run_job(self._workload, kind, strategy)
+            for index in range(num_jobs):
+                yield index, jobs.run(self._problem, index)
             return
-        chunks = self._chunks(len(strategies))
+        chunks = self._chunks(num_jobs)
         for worker in self._workers:
-            self._give(worker, chunks, kind, strategies)
+            self._give(worker, chunks, jobs)
         while any(worker.owed for worker in self._workers):
             worker, answers = self._receive()
             for index, candidate in answers.items():
-                yield index, run_job(self._workload, kind, strategies[index]) if candidate is None else candidate
-            self._give(worker, chunks, kind, strategies)
+                yield index, jobs.run(self._problem, index) if candidate is None else candidate
+            self._give(worker, chunks, jobs)
         for index in chain.from_iterable(chunks):
             # Nobody is left to take them.
-            yield index, run_job(self._workload, kind, strategies[index])
+            yield index, jobs.run(self._problem, index)
 
     def _chunks(self, num_jobs: int) -> deque[range]:
         size = max(1, min(MAX_CHUNK, num_jobs // (CHUNKS_PER_WORKER * len(self.pids))))
         return deque(range(first, min(first + size, num_jobs)) for first in range(0, num_jobs, size))
 
-    def _give(self, worker: _Worker, chunks: deque[range], kind: Kind, strategies: Sequence[Strategy]) -> None:
+    def _give(self, worker: _Worker, chunks: deque[range], jobs: Jobs) -> None:
         """The next chunk, to a worker that has nothing to do."""
         if not worker.alive or worker.owed or not chunks:
             return
         chunk = chunks.popleft()
         worker.owed.update(chunk)
-        jobs = [[index, strategies[index].model_dump_json()] for index in chunk]
-        worker.send(json.dumps({"kind": kind, "jobs": jobs}))
+        listed = [[index, jobs.within_s[index], jobs.strategies[index].model_dump_json()] for index in chunk]
+        worker.send(json.dumps({"polished": jobs.polished, "jobs": listed}))
 
     def _receive(self) -> tuple[_Worker, dict[int, Candidate | None]]:
         """Wait for a worker: its answers, None where the job must be done again, here."""
@@ -170,7 +188,7 @@ class WorkerPool:
             self._workers.append(worker)
             self._readers.append(Thread(target=self._read, args=(worker,), daemon=True))
             self._readers[-1].start()
-        workload = self._workload.model_dump_json()
+        workload = self._problem.workload.model_dump_json()
         for worker in self._workers:
             worker.send(workload)
 

@@ -13,49 +13,83 @@ from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEstimate
-from autoparallel.plans.strategy import StagePlan, Strategy
-from autoparallel.search.cuts import Shortfall, find_cuts
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
+from autoparallel.search.cuts import Found, Shortfall, TooLarge, TooSlow, find_cuts
+from autoparallel.search.problem import Local, Problem
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
+from autoparallel.search.windows import UNLIMITED_S
 
 GIB = 2**30
 UNLIMITED_BYTES = 2**62
 
 
-def compile_candidate(workload: Workload, strategy: Strategy) -> Candidate:
-    """The strategy with its stages, or with the reason why it is impossible. Stages that are given are kept."""
-    check_strategy(workload, strategy)
+def solve(problem: Problem, strategy: Strategy, within_s: float = UNLIMITED_S, *, polished: bool = False) -> Candidate:
+    """The strategy with its stages and its price, or with the reason why it is impossible, or slower than a limit.
+    Stages that are given are kept.
+    """
+    workload = problem.workload
+    check_strategy(workload, strategy, has_split=bool(problem.locals(strategy)))
     if strategy.total_stages > max(1, workload.num_blocks):
         reason = f"{strategy.total_stages} stages need a block each, and the model has {workload.num_blocks}"
         return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="layers"))
     if strategy.tensor_parallel in workload.impossible_degrees:
         reason = workload.impossible_degrees[strategy.tensor_parallel]
         return Candidate(strategy=strategy, rejection=Rejection(reason=reason, kind="split"))
-    rejection = None
-    for local, split in workload.under(strategy):
-        found = _given_stages(local, split) if split.stages else find_cuts(local, split, polished=False)
-        if not isinstance(found, Shortfall):
-            return Candidate(strategy=split.model_copy(update={"stages": found}))
-        rejection = _memory_rejection(local, split, found)
-    return Candidate(strategy=strategy, rejection=rejection)
+    tried = [_under_split(local, strategy, within_s, polished=polished) for local in problem.locals(strategy)]
+    priced = [candidate for candidate in tried if candidate.estimate is not None]
+    if priced:
+        best = min(priced, key=lambda candidate: _step_time_s(candidate))
+        return best.model_copy(update={"bound_s": min(c.bound_s for c in tried if not _is_impossible(c))})
+    slow = [candidate for candidate in tried if not _is_impossible(candidate)]
+    return min(slow, key=lambda c: c.bound_s) if slow else min(tried, key=_shortfall_bytes)
 
 
-def price_candidate(workload: Workload, strategy: Strategy) -> Candidate:
-    """A compiled strategy with its price."""
-    return Candidate(strategy=strategy, estimate=price(workload, strategy))
+def _under_split(local: Local, strategy: Strategy, within_s: float, *, polished: bool) -> Candidate:
+    """One candidate, of one split."""
+    workload, split = local.workload, strategy.model_copy(update={"splits": local.splits})
+    found: Found | Shortfall | TooSlow | TooLarge
+    if split.stages:
+        found = _given_stages(workload, split)
+    else:
+        found = find_cuts(workload, split, costs=local.costs(split), within_s=within_s, polished=polished)
+    if isinstance(found, TooSlow):
+        rejection = Rejection(reason=f"no step is shorter than {found.limit_s:.6g} s", kind="time")
+        return Candidate(strategy=strategy, rejection=rejection, bound_s=found.limit_s)
+    if isinstance(found, TooLarge):
+        return Candidate(strategy=strategy, rejection=Rejection(reason="no cut fits into memory", kind="memory"))
+    if isinstance(found, Shortfall):
+        return Candidate(strategy=strategy, rejection=_memory_rejection(workload, split, found))
+    cut = _with_levels_of_stages(split.model_copy(update={"stages": found.stages}))
+    estimate = _price(workload, cut)
+    return Candidate(strategy=cut, estimate=estimate, bound_s=min(found.bound_s, estimate.step_time_s))
 
 
-def polish_candidate(workload: Workload, strategy: Strategy) -> Candidate:
-    """A compiled strategy, its stages moved as the simulator prefers."""
-    ((local, split),) = workload.under(strategy)
-    found = find_cuts(local, split.model_copy(update={"stages": None}))
-    assert not isinstance(found, Shortfall), "it was cut before"
-    return price_candidate(workload, split.model_copy(update={"stages": found}))
+def _with_levels_of_stages(strategy: Strategy) -> Strategy:
+    """The highest and the least level that some block has, instead of those that were allowed."""
+    levels = sorted(
+        {name for plan in strategy.stages or () for name in plan.levels}, key=RECOMPUTATION_LEVELS.__getitem__
+    )
+    least = levels[0] if len(levels) > 1 else None
+    return strategy.model_copy(update={"recomputation": levels[-1], "least_recomputation": least})
+
+
+def _is_impossible(candidate: Candidate) -> bool:
+    return candidate.rejection is not None and candidate.rejection.kind != "time"
+
+
+def _step_time_s(candidate: Candidate) -> float:
+    return candidate.estimate.step_time_s if candidate.estimate is not None else UNLIMITED_S
+
+
+def _shortfall_bytes(candidate: Candidate) -> int:
+    assert candidate.rejection is not None
+    return candidate.rejection.shortfall_bytes
 
 
 def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
     """Price a strategy that somebody named, cut where that is fastest unless it has stages; it need not fit."""
-    check_strategy(workload, strategy)
+    check_strategy(workload, strategy, has_split=bool(workload.under(strategy)))
     if strategy.tensor_parallel in workload.impossible_degrees:
         raise ConfigError(
             f"the model cannot be split over {strategy.tensor_parallel} tensor-parallel ranks",
@@ -65,7 +99,7 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
     if strategy.stages:
         local, strategy = workload.under(strategy)[0]
         _check_stages(local, strategy)
-        return price(workload, strategy)
+        return _price(local, strategy)
     if strategy.total_stages > max(1, workload.num_blocks):
         raise ConfigError(
             f"a model of {workload.num_blocks} blocks cannot be cut into {strategy.total_stages} stages",
@@ -73,12 +107,12 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
             remedy=f"choose num_stages × virtual_stages up to {max(1, workload.num_blocks)}",
         )
     local, strategy = workload.under(strategy)[0]
-    stages = find_cuts(local, strategy, limit_bytes=UNLIMITED_BYTES)
-    assert not isinstance(stages, Shortfall)
-    return price(workload, strategy.model_copy(update={"stages": stages}))
+    found = find_cuts(local, strategy, limit_bytes=UNLIMITED_BYTES)
+    assert isinstance(found, Found)
+    return _price(local, strategy.model_copy(update={"stages": found.stages}))
 
 
-def check_strategy(workload: Workload, strategy: Strategy) -> None:
+def check_strategy(workload: Workload, strategy: Strategy, *, has_split: bool) -> None:
     """Raise ConfigError for a strategy that is not one of this workload's."""
     have = {"devices": workload.flavor.num_devices, "rows a step": workload.batch_size}
     for what, asked in (("devices", strategy.num_devices), ("rows a step", strategy.batch_size)):
@@ -97,7 +131,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
             remedy="choose a tensor_parallel degree above 1 that divides the sequence length",
         )
     known = strategy.tensor_parallel == 1 or strategy.tensor_parallel in workload.impossible_degrees
-    if not known and not workload.under(strategy):
+    if not known and not has_split:
         raise ConfigError(
             f"the strategy ({strategy.summary()}) has no such split",
             why=f"splits {strategy.splits} are not among those that cost least",
@@ -128,13 +162,13 @@ def _check_stages(workload: Workload, strategy: Strategy) -> None:
             )
 
 
-def _given_stages(workload: Workload, strategy: Strategy) -> tuple[StagePlan, ...] | Shortfall:
+def _given_stages(workload: Workload, strategy: Strategy) -> Found | Shortfall:
     _check_stages(workload, strategy)
     assert strategy.stages is not None
     needed = [sum(rank_memory(workload, strategy, rank=rank).values()) for rank in range(strategy.num_stages)]
     excess_bytes = max(needed) - capacity_bytes(workload)
     if excess_bytes <= 0:
-        return strategy.stages
+        return Found(strategy.stages, _price(workload, strategy).step_time_s)
     return Shortfall(rank=needed.index(max(needed)), stages=strategy.stages, excess_bytes=excess_bytes)
 
 
@@ -154,8 +188,13 @@ def _memory_rejection(workload: Workload, strategy: Strategy, shortfall: Shortfa
 
 def price(workload: Workload, strategy: Strategy) -> Estimate:
     """Predict the step time and memory of a strategy with stages."""
-    assert strategy.stages is not None, "only compiled strategies have a price"
-    workload, _ = workload.under(strategy)[0]
+    local, _ = workload.under(strategy)[0]
+    return _price(local, strategy)
+
+
+def _price(workload: Workload, strategy: Strategy) -> Estimate:
+    """The same, of a workload under the strategy's split."""
+    assert strategy.stages is not None, "only strategies with stages have a price"
     step = run_step(workload, strategy, _all_seconds(workload, strategy, strategy.stages))
     rank, timeline, ties = step.ranks[step.critical], step.timeline, step.ties
     breakdown = Breakdown(

@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from autoparallel.cost.memory import capacity_bytes, constant_bytes, in_flight_bytes, moments
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Recomputation, StagePlan, Strategy
-from autoparallel.search.ranges import PICO
+
+PICO = 1e-12
 
 Array = NDArray[np.int64]
+PICO = 1e-12
 MAX_CHOICES = 512
 
 
@@ -93,6 +95,11 @@ class Relaxation:
             self._rank(plans, rank, plans[rank :: self.strategy.num_stages]) for rank in range(self.strategy.num_stages)
         ]
         return tuple(stage for stages in zip(*by_rank, strict=True) for stage in stages)
+
+    def stage(self, plans: tuple[StagePlan, ...], rank: int) -> StagePlan:
+        """The only stage of one rank."""
+        (found,) = self._rank(plans, rank, plans[rank :: self.strategy.num_stages])
+        return found
 
     def _rank(self, plans: tuple[StagePlan, ...], rank: int, mine: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
         if (rank, mine) not in self._found:

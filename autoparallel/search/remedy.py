@@ -14,7 +14,7 @@ from autoparallel.cost.workload import Workload
 from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
-from autoparallel.search.cuts import Shortfall, find_cuts
+from autoparallel.search.cuts import Found, find_cuts
 from autoparallel.space.candidates import enumerate_strategies
 
 GIB = 2**30
@@ -63,9 +63,12 @@ def _proposals(workload: Workload, constraints: Constraints, needed_bytes: int) 
     """Cheapest first; the last one always holds."""
     yield from chain(
         _fewer_constraints(workload, constraints),
-        _larger_ratio(workload, constraints, needed_bytes),
+        _more_memory(workload, constraints, needed_bytes),
         _more_devices(workload, constraints),
     )
+    if constraints.memory_gib != "auto":
+        yield f"memory_gib={math.ceil(needed_bytes / GIB)}, on devices that have as much"
+        return
     memory_bytes = math.ceil(needed_bytes / workload.memory_ratio)
     yield f"devices with at least {math.ceil(memory_bytes / GIB)} GiB each, at memory_ratio {workload.memory_ratio:g}"
 
@@ -84,13 +87,18 @@ def _fewer_constraints(workload: Workload, constraints: Constraints) -> Iterator
         yield f"leave {', '.join(given)} open ({fitting.summary()} fits)"
 
 
-def _larger_ratio(workload: Workload, constraints: Constraints, needed_bytes: int) -> Iterator[str]:
+def _more_memory(workload: Workload, constraints: Constraints, needed_bytes: int) -> Iterator[str]:
     ratio = math.ceil(100 * needed_bytes / workload.flavor.memory_bytes) / 100
     if ratio > MAX_MEMORY_RATIO:
         return
     fitting = first_fit(workload.model_copy(update={"memory_ratio": ratio}), constraints)
-    if fitting is not None:
-        yield f"memory_ratio={ratio:g} instead of {workload.memory_ratio:g} ({fitting.summary()} fits)"
+    if fitting is None:
+        return
+    if constraints.memory_gib != "auto":
+        wanted = math.ceil(needed_bytes / GIB)
+        yield f"memory_gib={wanted} instead of {constraints.memory_gib:g} ({fitting.summary()} fits)"
+    if ratio > constraints.memory_ratio:
+        yield f"memory_ratio={ratio:g} instead of {constraints.memory_ratio:g} ({fitting.summary()} fits)"
 
 
 def _more_devices(workload: Workload, constraints: Constraints) -> Iterator[str]:
@@ -128,7 +136,7 @@ def first_fit(workload: Workload, constraints: Constraints) -> Strategy | None:
             leanest.setdefault((*layout, strategy.distribute_param), strategy)
     for strategy in leanest.values():
         for local, split in workload.under(strategy):
-            if not isinstance(find_cuts(local, split), Shortfall):
+            if isinstance(find_cuts(local, split, polished=False), Found):
                 return strategy
     return None
 

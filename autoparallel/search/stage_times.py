@@ -7,6 +7,9 @@ segment's share, which has nothing beside it:
 
     exposed, each micro-batch   max(0, gather - forward) + max(0, gather + reduction - backward)
     exposed, once a step        max(first segment's, total - forward or backward of the stage)
+
+Groups of replicas that hold the same shards sum their gradients once a step, like what level 1 reduces; where a split
+backward reduces in two halves, with each.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from autoparallel.cost.memory import segment_parameters
 from autoparallel.cost.traffic import BUCKET_BYTES
 from autoparallel.cost.workload import SharedParameters, Workload
 from autoparallel.plans.strategy import StagePlan, Strategy
+from autoparallel.schedule.actions import splits_backward
 
 
 class Sharding(NamedTuple):
@@ -29,17 +33,20 @@ class Sharding(NamedTuple):
 
     gathers_per_step: int = 0
     reduces_per_step: int = 0
+    sums_per_step: int = 0
+    """Over the groups that hold the same shards."""
     forward_gathers: int = 0
     """These and the next: for every micro-batch."""
     backward_gathers: int = 0
     backward_reduces: int = 0
+    backward_sums: int = 0
 
 
 SHARDING = {
     0: Sharding(),
-    1: Sharding(gathers_per_step=1, reduces_per_step=1),
-    2: Sharding(gathers_per_step=1, backward_reduces=1),
-    3: Sharding(forward_gathers=1, backward_gathers=1, backward_reduces=1),
+    1: Sharding(gathers_per_step=1, reduces_per_step=1, sums_per_step=1),
+    2: Sharding(gathers_per_step=1, backward_reduces=1, sums_per_step=1),
+    3: Sharding(forward_gathers=1, backward_gathers=1, backward_reduces=1, sums_per_step=1),
 }
 
 
@@ -49,7 +56,7 @@ PARAMETERS_OF_A_BLOCK = 12
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds by number of elements. Tensor-parallel ranks are neighbours, replicas stand `tensor_parallel` apart."""
+    """Seconds by number of elements; groups lie over the devices as the strategy's mesh does."""
 
     workload: Workload
     strategy: Strategy
@@ -64,15 +71,33 @@ class Overheads:
 
     @cached_property
     def sharding(self) -> Sharding:
-        return SHARDING[self.strategy.distribute_param if self.strategy.state_ways > 1 else 0]
+        strategy = self.strategy
+        found = SHARDING[strategy.distribute_param if strategy.state_ways > 1 else 0]
+        if found.backward_reduces and splits_backward(strategy.schedule, strategy.num_stages):
+            found = found._replace(sums_per_step=0, backward_sums=1)
+        return found
+
+    @cached_property
+    def tensor(self) -> dict[str, int]:
+        return {"group_size": self.strategy.tensor_parallel, "stride": self.strategy.stride_of("tp")}
+
+    @cached_property
+    def stages(self) -> dict[str, int]:
+        return {"group_size": self.strategy.num_stages, "stride": self.strategy.stride_of("pp")}
 
     @cached_property
     def replicas(self) -> dict[str, int]:
-        return {"group_size": self.strategy.num_replicas, "stride": self.strategy.tensor_parallel}
+        return {"group_size": self.strategy.num_replicas, "stride": self.strategy.stride_of("dp")}
 
     @cached_property
     def shards(self) -> dict[str, int]:
-        return {"group_size": self.strategy.shard_ways, "stride": self.strategy.tensor_parallel}
+        return {"group_size": self.strategy.shard_ways, "stride": self.strategy.stride_of("dp")}
+
+    @cached_property
+    def shard_groups(self) -> dict[str, int]:
+        """One rank of each of the groups that hold the same shards."""
+        stride = self.strategy.shard_ways * self.strategy.stride_of("dp")
+        return {"group_size": self.strategy.shard_groups, "stride": stride}
 
     def gather_s(self, elements: int) -> float:
         """All ranks get all parameters of a segment in compute dtype; frozen ones are sharded too."""
@@ -81,15 +106,24 @@ class Overheads:
         calls, size_bytes = self._calls, elements * self.workload.precision.compute_bytes
         return calls * self.topology.all_gather_s(size_bytes / calls, **self.shards)
 
-    def reduce_scatter_s(self, trainable: int) -> float:
+    def backward_reduce_s(self, trainable: int) -> float:
+        """What one micro-batch sums of a segment's gradients."""
+        sharding = self.sharding
+        return self._reduce_s(trainable, reduces=sharding.backward_reduces, sums=sharding.backward_sums)
+
+    def step_reduce_s(self, trainable: int) -> float:
+        """What is summed of a segment's gradients once a step."""
+        sharding = self.sharding
+        return self._reduce_s(trainable, reduces=sharding.reduces_per_step, sums=sharding.sums_per_step)
+
+    def _reduce_s(self, trainable: int, *, reduces: int, sums: int) -> float:
         """Every rank gets the summed gradients of its shard of a segment; groups with the same shards sum theirs."""
-        if trainable == 0:
+        if trainable == 0 or not any(self.sharding):
             return 0.0
-        ways, size_bytes = self.strategy.shard_ways, trainable * self.workload.precision.gradient_bytes
-        groups, stride = self.strategy.num_replicas // ways, self.strategy.tensor_parallel * ways
-        across_s = self.topology.all_reduce_s(size_bytes / ways, group_size=groups, stride=stride)
-        calls = self._calls
-        return calls * self.topology.reduce_scatter_s(size_bytes / calls, **self.shards) + across_s
+        calls, size_bytes = self._calls, trainable * self.workload.precision.gradient_bytes
+        reduce_s = calls * self.topology.reduce_scatter_s(size_bytes / calls, **self.shards)
+        sum_s = self.topology.all_reduce_s(size_bytes / self.strategy.shard_ways, **self.shard_groups)
+        return reduces * reduce_s + sums * sum_s
 
     @property
     def _calls(self) -> int:
@@ -112,17 +146,19 @@ class Overheads:
         if elements == 0:
             return 0.0
         size_bytes = self.held(elements) * self.workload.precision.gradient_bytes
-        return self.topology.all_reduce_s(size_bytes, group_size=self.strategy.tensor_parallel)
+        return self.topology.all_reduce_s(size_bytes, **self.tensor)
 
-    def tie_s(self, shared: SharedParameters, *, num_holders: int, distance: int) -> float:
-        """Sum the gradients of a parameter that stages `distance` apart share, after the reduction over replicas."""
-        if num_holders < 2 or shared.count.trainable == 0:
+    def tie_s(self, shared: SharedParameters, holders: tuple[int, ...]) -> float:
+        """Sum the gradients of a parameter that pipeline ranks share, after the reduction over replicas."""
+        if len(holders) < 2 or shared.count.trainable == 0:
             return 0.0
         size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
-        # The cost of a group is known for groups that tile the cluster: the widest such stride crosses as many hosts.
-        ranks_of_a_stage = self.strategy.num_replicas * self.strategy.tensor_parallel
-        stride = min(distance * ranks_of_a_stage, self.workload.flavor.num_devices // num_holders)
-        return self.topology.all_reduce_s(size_bytes, group_size=num_holders, stride=stride)
+        return self.topology.all_reduce_s(size_bytes, holders, **self.stages)
+
+    def send_s(self, size_bytes: int, *, stage: int) -> float:
+        """From a stage to the next one, which is back on the first pipeline rank after the last; or back."""
+        first, second = sorted((stage % self.strategy.num_stages, (stage + 1) % self.strategy.num_stages))
+        return self.topology.send_recv_s(size_bytes, (first, second), **self.stages)
 
     def optimizer_s(self, trainable: int) -> float:
         """AdamW on what a rank holds: reads gradients, masters and states, writes masters, states and compute copy."""
@@ -234,7 +270,8 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     trainable = workload.stage_parameters(plan.first_segment, plan.last_segment).trainable
     counts = segment_parameters(workload, plan)
     gathers_s = [overheads.gather_s(count.trainable + count.frozen) if any(sharding) else 0.0 for count in counts]
-    reduces_s = [overheads.reduce_scatter_s(count.trainable) if any(sharding) else 0.0 for count in counts]
+    reduces_s = [overheads.backward_reduce_s(count.trainable) for count in counts]
+    last_s = [overheads.step_reduce_s(count.trainable) for count in counts]
     kept = set[int]()
     if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
         kept = set(with_head(workload, plan.first_segment))
@@ -246,10 +283,10 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     forward_s, backward_s = (sum(window[i] for window in room) for i in (0, 1))
     ahead_s = forward_s if workload.practice.gathers_ahead else 0.0
     start_s = _beside(sharding.gathers_per_step * sum(gathers_s), gathers_s[0], ahead_s)
-    reduce_s = _beside(sharding.reduces_per_step * sum(reduces_s), reduces_s[0], backward_s)
+    reduce_s = _beside(sum(last_s), last_s[0], backward_s)
     whole_s = overheads.all_reduce_s(trainable)
     reduce_s += _beside(whole_s, overheads.last_bucket_s(trainable), backward_s)
-    once_s = sharding.gathers_per_step * sum(gathers_s) + sharding.reduces_per_step * sum(reduces_s) + whole_s
+    once_s = sharding.gathers_per_step * sum(gathers_s) + sum(last_s) + whole_s
     return StageSeconds(
         forward_s=sum(cost.forward_s for cost in costs),
         backward_s=sum(cost.backward_s for cost in costs),
@@ -284,9 +321,11 @@ class _Exposed:
     hidden_s: float = 0.0
 
     def add(self, sharding: Sharding, gather_s: float, again_s: float, reduce_s: float, window: Window) -> None:
-        """One segment, whose parameters are gathered in `gather_s`, and in `again_s` for backward."""
+        """One segment, whose parameters are gathered in `gather_s`, and in `again_s` for backward, and whose gradients
+        are summed in `reduce_s`.
+        """
         forward_s = sharding.forward_gathers * gather_s
-        backward_s, reduce_s = sharding.backward_gathers * again_s, sharding.backward_reduces * reduce_s
+        backward_s = sharding.backward_gathers * again_s
         shown = (
             max(0.0, forward_s - window.forward_s),
             max(0.0, backward_s - window.backward_s),

@@ -73,7 +73,7 @@ def _timeline(
         return Timeline([start_s], [busy_s], [0.0], [0.0], [stage.start_s + busy_s])
     assert strategy.stages is not None
     entering = [workload.cost(p.first_segment, strategy.batch_per_device).input_bytes for p in strategy.stages[1:]]
-    topology = Overheads(workload, strategy).topology
+    overheads = Overheads(workload, strategy)
     return simulate(
         timetable_of(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages),
         cost_s={
@@ -82,18 +82,9 @@ def _timeline(
             "I": [stage.input_gradient_action_s for stage in seconds],
             "W": [stage.weight_gradient_action_s for stage in seconds],
         },
-        send_s=[
-            topology.send_recv_s(size_bytes, distance=_distance(strategy, stage))
-            for stage, size_bytes in enumerate(entering)
-        ],
+        send_s=[overheads.send_s(size_bytes, stage=stage) for stage, size_bytes in enumerate(entering)],
         start_s=start_s,
     )
-
-
-def _distance(strategy: Strategy, stage: int) -> int:
-    """Ranks between a stage and the next one, which is back on the first pipeline rank after the last."""
-    ranks = (stage + 1) % strategy.num_stages - stage % strategy.num_stages
-    return abs(ranks) * strategy.num_replicas * strategy.tensor_parallel
 
 
 def _tie(workload: Workload, strategy: Strategy, ready_s: list[float]) -> Ties:
@@ -105,8 +96,7 @@ def _tie(workload: Workload, strategy: Strategy, ready_s: list[float]) -> Ties:
             for rank in range(strategy.num_stages)
             if any(p.first_segment <= s <= p.last_segment for p in strategy.stages_of(rank) for s in shared.segments)
         ]
-        distance = holders[-1] - holders[0]
-        tie_s = Overheads(workload, strategy).tie_s(shared, num_holders=len(holders), distance=distance)
+        tie_s = Overheads(workload, strategy).tie_s(shared, tuple(holders))
         if tie_s == 0:
             continue
         meet_s = max(ties.ready_s[rank] for rank in holders)
@@ -124,5 +114,5 @@ def _core_bound_s(workload: Workload, strategy: Strategy, busy_s: list[float]) -
         return 0.0
     hosts = [0.0] * flavor.num_hosts
     for rank in range(flavor.num_devices):
-        hosts[rank // flavor.devices_per_host] += busy_s[rank // (strategy.num_replicas * strategy.tensor_parallel)]
+        hosts[rank // flavor.devices_per_host] += busy_s[strategy.place_of(rank).stage]
     return max(hosts) / flavor.cores_per_host

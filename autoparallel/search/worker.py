@@ -1,6 +1,6 @@
 """A search worker: JSON lines on stdin in, JSON lines on stdout out. Run as `python -m autoparallel.search.worker`.
 
-In: one line with the workload, then lines of jobs `{"kind": ..., "jobs": [[index, strategy], ...]}`, kinds as `Kind`s.
+In: one line with the workload, then lines of jobs `{"polished": ..., "jobs": [[index, within_s, strategy], ...]}`.
 Out: one line `{"pid": ..., "torch_loaded": ...}`, then for every job `{"index": ..., "candidate": ...}`, or
 `{"index": ..., "error": ...}` with a traceback; strategies and candidates are JSON texts of their own. A worker ends at
 the end of stdin, so it never outlives its parent.
@@ -13,20 +13,12 @@ import os
 import signal
 import sys
 import traceback
-from typing import IO, Literal
+from typing import IO
 
 from autoparallel.cost.workload import Workload
-from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import Strategy
-from autoparallel.search.price import compile_candidate, polish_candidate, price_candidate
-
-Kind = Literal["compile", "price", "polish"]
-JOBS = {"compile": compile_candidate, "price": price_candidate, "polish": polish_candidate}
-
-
-def run_job(workload: Workload, kind: Kind, strategy: Strategy) -> Candidate:
-    """One unit of work, in a worker or in the parent."""
-    return JOBS[kind](workload, strategy)
+from autoparallel.search.price import solve
+from autoparallel.search.problem import Problem
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
@@ -40,12 +32,13 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     first = requests.readline()
     if not first:
         return
-    workload = Workload.model_validate_json(first)
+    problem = Problem(Workload.model_validate_json(first))
     for line in requests:
         message = json.loads(line)
-        for index, strategy in message["jobs"]:
+        for index, within_s, strategy in message["jobs"]:
             try:
-                candidate = run_job(workload, message["kind"], Strategy.model_validate_json(strategy))
+                asked = Strategy.model_validate_json(strategy)
+                candidate = solve(problem, asked, within_s, polished=message["polished"])
             except Exception:
                 reply(json.dumps({"index": index, "error": traceback.format_exc()}))
             else:

@@ -1,19 +1,24 @@
 """Devices, batch, blocks and constraints in, every strategy that the search looks at out, in a fixed order (ties go to
 the earlier one).
 
-num_stages × tensor_parallel × data_parallel = devices and data_parallel × batch_per_device × num_micro_batches = batch:
-every divisor is tried, not powers of two only; tensor parallelism stays inside a host. Two names of one program are
-listed once.
+num_stages × tensor_parallel × data_parallel = devices, data_parallel × batch_per_device × num_micro_batches = batch:
+every divisor is tried, not powers of two only, and tensor parallelism may cross hosts. Sharding spans all replicas or
+groups of them, and the mesh's axes lie on devices in any order. Two names of one program are listed once; so are two
+orders whose groups lie over hosts alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import permutations
+from math import prod
+from typing import Literal, NamedTuple
 
+from autoparallel.cost.collectives import worst_spread
 from autoparallel.errors import ConfigError
+from autoparallel.plans.grid import AXES, Axis, Grid
 from autoparallel.plans.strategy import Constraints, Recomputation, ScheduleName, Strategy
 from autoparallel.schedule.actions import runs_as_named
 
@@ -36,6 +41,155 @@ class Emitted:
 EMITTED = Emitted()
 
 
+class Shape(NamedTuple):
+    """How devices and rows are divided: many strategies have the same."""
+
+    num_stages: int
+    tensor_parallel: int
+    sequence_parallel: bool
+    data_parallel: int
+    batch_per_device: int
+    num_micro_batches: int
+
+
+class Layout(NamedTuple):
+    """Where the axes of a shape lie and what its replicas share: many schedules have the same."""
+
+    mesh_order: tuple[Axis, ...] | None
+    distribute_param: Level
+    shard_group_size: int | None
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything that the search looks at for one question."""
+
+    num_devices: int
+    devices_per_host: int
+    num_blocks: int
+    constraints: Constraints
+    shapes: tuple[Shape, ...]
+    """In order of stages, then of tensor parallelism."""
+    too_many_stages: tuple[Shape, ...] = ()
+    """One of each number of stages for which the model has too few blocks."""
+
+    def layouts(self, shape: Shape) -> tuple[Layout, ...]:
+        """All of one shape, the usual order of the axes first."""
+        return _layouts_of(
+            (shape.num_stages, shape.data_parallel, shape.tensor_parallel),
+            self.devices_per_host,
+            self.constraints,
+            several=shape.num_micro_batches > 1,
+        )
+
+    def strategies(self, shape: Shape, layout: Layout) -> list[Strategy]:
+        """All of one shape and layout."""
+        return [
+            Strategy(
+                **shape._asdict(),
+                **layout._asdict(),
+                recomputation=recomputation,
+                least_recomputation=least,
+                schedule=schedule,
+                virtual_stages=virtual_stages,
+            )
+            for recomputation, least in _recomputations(self.constraints)
+            for schedule, virtual_stages in self._schedules(shape)
+        ]
+
+    def per_layout(self, shape: Shape) -> int:
+        """How many strategies have a shape and any one of its layouts."""
+        return len(_recomputations(self.constraints)) * len(self._schedules(shape))
+
+    def count(self, shape: Shape) -> int:
+        """How many strategies have a shape."""
+        return len(self.layouts(shape)) * self.per_layout(shape)
+
+    def _schedules(self, shape: Shape) -> tuple[tuple[ScheduleName, int], ...]:
+        return _schedules(shape.num_stages, shape.num_micro_batches, self.num_blocks, self.constraints)
+
+
+@lru_cache(maxsize=4096)
+def _layouts_of(
+    sizes: tuple[int, int, int], devices_per_host: int, constraints: Constraints, *, several: bool
+) -> tuple[Layout, ...]:
+    """Two layouts that are the same program, or lie over hosts alike, are listed once, under the first name."""
+    replicas = sizes[1]
+    levels = _levels(constraints) if replicas > 1 else UNSHARDED
+    if not several and 1 in levels:
+        levels = tuple(level for level in levels if level != 2)  # one micro-batch reduces once, as level 1 does
+    return tuple(
+        Layout(order, level, size)
+        for order in _orders(sizes, devices_per_host, constraints)
+        for level in levels
+        for size in (_shard_groups(replicas, constraints) if level > 0 else (None,))
+    )
+
+
+def _shard_groups(replicas: int, constraints: Constraints) -> list[int | None]:
+    """All replicas, then groups of fewer and fewer."""
+    wanted = constraints.shard_group_size
+    groups = [None if size == replicas else size for size in reversed(divisors(replicas)) if size > 1]
+    return [size for size in groups if wanted in ("auto", size or replicas)]
+
+
+def _orders(
+    sizes: tuple[int, int, int], devices_per_host: int, constraints: Constraints
+) -> list[tuple[Axis, ...] | None]:
+    """Of the mesh's axes: those whose groups lie over hosts differently."""
+    if constraints.mesh_order != "auto":
+        return [Grid(sizes, constraints.mesh_order).canonical_order]
+    found: dict[object, tuple[Axis, ...] | None] = {}
+    for order in permutations(AXES):
+        grid = Grid(sizes, order)
+        found.setdefault(_lies(grid, devices_per_host), grid.canonical_order)
+    return list(found.values())
+
+
+def _lies(grid: Grid, devices_per_host: int) -> object:
+    """What of an order any price depends on: how the groups of each axis, and parts of them, spread over hosts."""
+    num_devices = prod(grid.sizes)
+    if num_devices <= devices_per_host:
+        return None
+
+    def spread(size: int, stride: int) -> object:
+        return worst_spread(num_devices, devices_per_host, size, stride) if size > 1 else None
+
+    stages, replicas, tensor = grid.sizes
+    stride = grid.stride("dp")
+    groups = [(spread(size, stride), spread(replicas // size, stride * size)) for size in divisors(replicas)]
+    return (
+        min(grid.stride("pp"), devices_per_host) if stages > 1 else None,
+        tuple(groups),
+        spread(tensor, grid.stride("tp")),
+    )
+
+
+def enumerate_space(
+    *,
+    num_devices: int,
+    batch_size: int,
+    num_blocks: int,
+    constraints: Constraints,
+    tensor_degrees: Sequence[int] = (1,),
+    seq_len: int = 0,
+    devices_per_host: int | None = None,
+) -> Space:
+    """All strategies within the constraints, of the given degrees of tensor parallelism; sequence parallelism where a
+    degree divides `seq_len`. All devices are in one host unless `devices_per_host` says otherwise. Raises ConfigError
+    for constraints that leave nothing.
+    """
+    divisions = _divisions(num_devices, tensor_degrees, seq_len, constraints)
+    usable = [division for division in divisions if division.num_stages <= max(1, num_blocks)]
+    shapes = [shape for division in usable for shape in _shapes(division, batch_size, constraints)]
+    space = Space(num_devices, devices_per_host or num_devices, num_blocks, constraints, tuple(shapes))
+    if not any(map(space.count, shapes)):
+        raise _nothing(num_devices, batch_size, num_blocks, usable, constraints)
+    too_many = {division.num_stages: division for division in reversed(divisions) if division not in usable}
+    examples = [_shapes(too_many[count], batch_size, constraints)[:1] for count in sorted(too_many)]
+    return replace(space, too_many_stages=tuple(shape for found in examples for shape in found))
+
+
 def enumerate_strategies(
     *,
     num_devices: int,
@@ -44,31 +198,27 @@ def enumerate_strategies(
     constraints: Constraints,
     tensor_degrees: Sequence[int] = (1,),
     seq_len: int = 0,
+    devices_per_host: int | None = None,
 ) -> list[Strategy]:
-    """All strategies within the constraints, of the given degrees of tensor parallelism; sequence parallelism where a
-    degree divides `seq_len`.
-
-    A number of stages beyond `num_blocks` is listed once, so that the search can say why it is impossible.
-    Raises ConfigError for constraints that leave nothing.
-    """
-    layouts = _layouts(num_devices, tensor_degrees, seq_len, constraints)
-    usable = [layout for layout in layouts if layout.num_stages <= max(1, num_blocks)]
-    strategies = [s for layout in usable for s in _of_layout(layout, batch_size, num_blocks, constraints)]
-    if not strategies:
-        raise _no_layout(num_devices, batch_size, num_blocks, usable, constraints)
-    too_many = {layout.num_stages: layout for layout in reversed(layouts) if layout not in usable}
-    return strategies + [
-        s
-        for num_stages in sorted(too_many)
-        for s in _of_layout(too_many[num_stages], batch_size, num_blocks, constraints)[:1]
-    ]
+    """The strategies of `enumerate_space` in a list; a number of stages beyond `num_blocks` is listed once."""
+    space = enumerate_space(
+        num_devices=num_devices,
+        batch_size=batch_size,
+        num_blocks=num_blocks,
+        constraints=constraints,
+        tensor_degrees=tensor_degrees,
+        seq_len=seq_len,
+        devices_per_host=devices_per_host,
+    )
+    listed = [s for shape in space.shapes for layout in space.layouts(shape) for s in space.strategies(shape, layout)]
+    return listed + [space.strategies(shape, space.layouts(shape)[0])[0] for shape in space.too_many_stages]
 
 
-def tensor_degrees(num_devices: int, devices_per_host: int, constraints: Constraints) -> list[int]:
-    """Sizes of tensor-parallel groups within the constraints, whatever the model: those that tile a host."""
+def tensor_degrees(num_devices: int, constraints: Constraints) -> list[int]:
+    """Sizes of tensor-parallel groups within the constraints, whatever the model."""
     wanted = constraints.tensor_parallel
     if wanted == "auto":
-        return [d for d in divisors(devices_per_host) if num_devices % d == 0]
+        return divisors(num_devices)
     if wanted < 1 or num_devices % wanted:
         raise ConfigError(
             f"tensor_parallel={wanted} is not possible on {num_devices} devices",
@@ -79,7 +229,7 @@ def tensor_degrees(num_devices: int, devices_per_host: int, constraints: Constra
 
 
 @dataclass(frozen=True)
-class Layout:
+class Division:
     """How the devices are divided."""
 
     num_stages: int
@@ -88,13 +238,13 @@ class Layout:
     sequence_parallel: bool
 
 
-def _layouts(num_devices: int, degrees: Sequence[int], seq_len: int, constraints: Constraints) -> list[Layout]:
+def _divisions(num_devices: int, degrees: Sequence[int], seq_len: int, constraints: Constraints) -> list[Division]:
     """By number of stages, then by degree of tensor parallelism."""
     counts = {degree: _stage_counts(num_devices // degree, constraints) for degree in degrees}
     if not any(counts.values()) and constraints.data_parallel != "auto":
         raise _wrong_replicas(num_devices, degrees, constraints.data_parallel, constraints)
     found = [
-        Layout(stages, degree, num_devices // degree // stages, sequence_parallel)
+        Division(stages, degree, num_devices // degree // stages, sequence_parallel)
         for degree, stage_counts in counts.items()
         for stages in stage_counts
         for sequence_parallel in _sequence_parallel(degree, seq_len, constraints)
@@ -105,7 +255,7 @@ def _layouts(num_devices: int, degrees: Sequence[int], seq_len: int, constraints
             why=f"tensor_parallel may be {_listed(list(degrees))}, and a degree above 1 must divide {seq_len} tokens",
             remedy='leave sequence_parallel at "auto", or raise tensor_parallel',
         )
-    return sorted(found, key=lambda layout: (layout.num_stages, layout.tensor_parallel))
+    return sorted(found, key=lambda division: (division.num_stages, division.tensor_parallel))
 
 
 def _sequence_parallel(degree: int, seq_len: int, constraints: Constraints) -> list[bool]:
@@ -113,32 +263,18 @@ def _sequence_parallel(degree: int, seq_len: int, constraints: Constraints) -> l
     return [value for value in able if constraints.sequence_parallel in ("auto", value)]
 
 
-def _of_layout(layout: Layout, batch_size: int, num_blocks: int, constraints: Constraints) -> list[Strategy]:
-    """Each distinct program once, under its first name."""
-    programs: dict[tuple[object, ...], Strategy] = {}
-    for batch_per_device, num_micro_batches in _micro_batches(batch_size, layout.data_parallel, constraints):
-        for (recomputation, least), level, (schedule, virtual_stages) in product(
-            _recomputations(constraints),
-            _levels(constraints) if layout.data_parallel > 1 else UNSHARDED,
-            _schedules(layout.num_stages, num_micro_batches, num_blocks, constraints),
-        ):
-            # A single micro-batch reduces its gradients once, at level 1 as at level 2.
-            program_level = 1 if level == 2 and num_micro_batches == 1 else level
-            strategy = Strategy(
-                num_stages=layout.num_stages,
-                tensor_parallel=layout.tensor_parallel,
-                data_parallel=layout.data_parallel,
-                batch_per_device=batch_per_device,
-                num_micro_batches=num_micro_batches,
-                recomputation=recomputation,
-                least_recomputation=least,
-                distribute_param=level,
-                sequence_parallel=layout.sequence_parallel,
-                schedule=schedule,
-                virtual_stages=virtual_stages,
-            )
-            programs.setdefault((batch_per_device, recomputation, program_level, schedule, virtual_stages), strategy)
-    return list(programs.values())
+def _shapes(division: Division, batch_size: int, constraints: Constraints) -> list[Shape]:
+    return [
+        Shape(
+            division.num_stages,
+            division.tensor_parallel,
+            division.sequence_parallel,
+            division.data_parallel,
+            batch_per_device,
+            num_micro_batches,
+        )
+        for batch_per_device, num_micro_batches in _micro_batches(batch_size, division.data_parallel, constraints)
+    ]
 
 
 def divisors(number: int) -> list[int]:
@@ -194,15 +330,13 @@ def _is_tried(batch_per_device: int, share: int, constraints: Constraints) -> bo
 
 
 def _recomputations(constraints: Constraints) -> list[tuple[Recomputation, Recomputation | None]]:
-    """(highest, least) level; None where every block has the highest."""
+    """(highest, least) level; None where every block has the highest. Stages choose between the two, block by block."""
     wanted = constraints.activation_recomputation
     if wanted is False:
         return [("none", None)]
-    if wanted is not True and wanted != "auto":
-        return [(wanted, None)]
-    least: Recomputation = "selective" if wanted is True else "none"
-    allowed = [name for name in EMITTED.recomputations if wanted == "auto" or name != "none"]
-    return [(name, least if name != least else None) for name in allowed]
+    if wanted is True or wanted == "auto":
+        return [(EMITTED.recomputations[-1], EMITTED.recomputations[0 if wanted == "auto" else 1])]
+    return [(wanted, None)]
 
 
 def _levels(constraints: Constraints) -> tuple[Level, ...]:
@@ -215,21 +349,22 @@ def _levels(constraints: Constraints) -> tuple[Level, ...]:
     return (wanted,)
 
 
+@lru_cache(maxsize=4096)
 def _schedules(
     num_stages: int, num_micro_batches: int, num_blocks: int, constraints: Constraints
-) -> list[tuple[ScheduleName, int]]:
+) -> tuple[tuple[ScheduleName, int], ...]:
     """(name, virtual stages) of every distinct program, with every recomputation and level: tests prove each of them.
 
     With one stage or one micro-batch nothing is to be scheduled, which goes by the name of 1f1b.
     """
     if num_stages == 1 or num_micro_batches == 1:
-        return [("1f1b", 1)]
-    return [
+        return (("1f1b", 1),)
+    return tuple(
         (name, virtual_stages)
         for name in EMITTED.schedules
         if constraints.schedule in ("auto", name) and runs_as_named(name, num_stages, num_micro_batches)
         for virtual_stages in (_virtual_stages(num_stages, num_blocks) if name == "interleaved" else (1,))
-    ]
+    )
 
 
 def _virtual_stages(num_stages: int, num_blocks: int) -> list[int]:
@@ -241,14 +376,14 @@ def _virtual_stages(num_stages: int, num_blocks: int) -> list[int]:
     ]
 
 
-def _no_layout(
-    num_devices: int, batch_size: int, num_blocks: int, layouts: list[Layout], constraints: Constraints
+def _nothing(
+    num_devices: int, batch_size: int, num_blocks: int, divisions: list[Division], constraints: Constraints
 ) -> ConfigError:
     """The arithmetic that left nothing, and the nearest batch sizes that work."""
-    units = {layout.data_parallel * _fixed_factor(constraints) for layout in layouts}
+    units = {division.data_parallel * _fixed_factor(constraints) for division in divisions}
     exact = constraints.batch_per_device != "auto" and constraints.num_micro_batches != "auto"
     fitting = [unit for unit in units if batch_size == unit or (batch_size % unit == 0 and not exact)]
-    if not layouts or fitting:
+    if not divisions or fitting:
         return ConfigError(
             f"the constraints leave no way to train a batch of {batch_size} on {num_devices} devices",
             why=f"{num_blocks} blocks allow at most {num_blocks} stages, and interleaved needs two of them a rank and "
@@ -262,7 +397,7 @@ def _no_layout(
     above = [size for size in near if size > batch_size][:1]
     fixed = {name: getattr(constraints, name) for name in ("batch_per_device", "num_micro_batches")}
     given = "".join(f" × {name} {value}" for name, value in fixed.items() if value != "auto")
-    replicas = _listed(sorted({layout.data_parallel for layout in layouts}))
+    replicas = _listed(sorted({division.data_parallel for division in divisions}))
     return ConfigError(
         f"a batch of {batch_size} cannot be divided over {num_devices} devices",
         why=f"it must {'equal' if exact else 'be a multiple of'} data_parallel{given}; data_parallel may be {replicas}",

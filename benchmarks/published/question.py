@@ -80,17 +80,18 @@ def question_of(run: Run) -> Question:
     assumptions += of_flavor
     layout = layout_of(run, flavor, interleaves=practice.interleaves, assumptions=assumptions)
     options = _options(run, practice, assumptions)
+    level = _sharded(run, structure, flavor, layout, options, assumptions)
     fields = {
         "num_stages": layout.pipeline,
         "tensor_parallel": layout.tensor,
         "data_parallel": layout.data,
         "batch_per_device": layout.micro_batch,
         "num_micro_batches": layout.num_micro_batches,
-        "distribute_param": _sharded(run, structure, flavor, layout, options, assumptions),
+        "distribute_param": level,
         "sequence_parallel": _sequence_parallel(run, layout, practice, assumptions),
         "schedule": _schedule(run, layout),
         "virtual_stages": layout.virtual,
-        "shard_group_size": _shard_group_size(run, layout),
+        "shard_group_size": _shard_group_size(run, layout) if level > 0 else None,
         "context_parallel": layout.context,
         **_recomputed_stages(run, structure, layout, practice, assumptions),
     }

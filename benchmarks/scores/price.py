@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 
 import autoparallel
@@ -37,16 +37,9 @@ def _price(question: Question, strategy: Strategy, table: CostTable | None) -> E
 
 @cache
 def graph_of(structure: Structure) -> Graph:
-    """Of any depth from one capture: that takes seconds, an estimate milliseconds."""
-    from autoparallel.capture.depth import CAPTURED_BLOCKS, grow
-
-    return grow(_two_blocks(replace(structure, layers=CAPTURED_BLOCKS)), structure.layers)
-
-
-@cache
-def _two_blocks(structure: Structure) -> Graph:
+    """Captured once a structure: that takes seconds, an estimate milliseconds."""
     import torch
 
-    from autoparallel.capture.program import capture
+    from autoparallel.capture.program import capture_for_planning
 
-    return capture(structure.config(), dtype=torch.bfloat16).graph
+    return capture_for_planning(structure.config(), dtype=torch.bfloat16).graph
