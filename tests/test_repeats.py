@@ -18,6 +18,8 @@ from autoparallel.cost.segments import build_workload
 from autoparallel.cost.tables import load_table
 from autoparallel.ir.graph import Graph, Op, SavedTensor, TensorSpec
 from autoparallel.ir.precision import Precision
+from autoparallel.tensor_parallel.analysis import analyze
+from autoparallel.tensor_parallel.splits import choices
 from tests.families import FAMILIES, UNSEEN, make_model, program_of
 
 
@@ -236,6 +238,20 @@ def test_a_deep_model_is_traced_as_a_shallow_one() -> None:
     shallow, deep = (len(program.module.graph.nodes) for program in programs)
     assert deep - shallow == 2 * 58
     assert programs[1].graph.num_segments == 62
+
+
+def test_blocks_of_one_segment_are_split_alike() -> None:
+    """The first block is the last one too, so that all are one segment; of its 21 dims there are 2^21 sets."""
+
+    def share(layers: Any) -> None:
+        layers[7] = layers[0]
+
+    program = capture_for_planning(llama(share, 8)())
+    assert program.graph.num_segments == 3
+    groups = choices(analyze(program.graph, 1), 2)
+    assert [len(group) for group in groups] == [7, 7, 7]
+    for group in groups:
+        assert len({name.split(".", 1)[1] for name in group}) == 1
 
 
 def test_the_users_model_is_left_alone() -> None:

@@ -18,7 +18,7 @@ from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParame
 from autoparallel.ir.graph import Graph
 from autoparallel.tensor_parallel.analysis import Analysis, analyze
 from autoparallel.tensor_parallel.layout import ParameterSplit
-from autoparallel.tensor_parallel.splits import Split, legal_splits, split_names
+from autoparallel.tensor_parallel.splits import MOST_DIMS, Split, choices, legal_splits, split_names
 from autoparallel.tensor_parallel.values import LoweredSegment
 
 STATE_BYTES = 16
@@ -108,7 +108,10 @@ class _Legal:
         return {cls: analyze(self.graph, segment) for cls, segment in self.graph.representatives().items()}
 
     def why_not(self, degree: int) -> str:
-        """The arithmetic, where no dim of any block can be divided."""
+        """The arithmetic, where no dim of any block can be divided, or too many can."""
+        count = max(len(choices(analysis, degree)) for analysis in self.analyses.values())
+        if count > MOST_DIMS:
+            return f"{count} dims of one segment can be divided: more sets of them than can be tried"
         blocks = set(self.graph.segment_classes[1:-1]) or set(self.graph.segment_classes)
         dims = {name: atom.size for cls in blocks for name, atom in split_names(self.analyses[cls]).items()}
         if any(size % degree == 0 for size in dims.values()):
@@ -210,8 +213,8 @@ def _choose(
         return tuple(map(sum, zip(*(better(priced[option]) for option in choice.values()), strict=True)))
 
     chosen: dict[int, Option] = {}
-    for choices in together:
-        best: dict[int, Option] = min(choices, key=worth)
+    for group in together:
+        best: dict[int, Option] = min(group, key=worth)
         chosen |= best
     return [chosen[cls] for cls in sorted(chosen)]
 

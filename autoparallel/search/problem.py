@@ -48,9 +48,9 @@ class Needs(NamedTuple):
     working: float
     """Its workspace, what its backward rebuilds, gathers and reduces."""
 
-    def during(self, moments: Iterable[tuple[int, int]]) -> float:
-        """With so many micro-batches forwarded, and half done, at one of some moments; workspace left out."""
-        return self.held + max(f * self.forwarded + h * self.deferred for f, h in moments)
+    def during(self, forwarded: int, half_done: int) -> float:
+        """At least, with so many micro-batches forwarded, and half done; workspace left out."""
+        return self.held + forwarded * self.forwarded + half_done * self.deferred - ROUNDED_BYTES
 
 
 class Whole(NamedTuple):
@@ -107,6 +107,16 @@ class Local:
                 block=Needs(*needs[:, 3:].min(axis=1, initial=inf).tolist()),
             )
         return self._wholes[key]
+
+
+def _num_fitting(block: Needs, ends: list[Needs], room_bytes: float, forwarded: int, half_done: int) -> float:
+    """Blocks that fit into a rank at one moment, beside some of the model's ends; negative where these do not."""
+    room_bytes -= max(needs.working for needs in (block, *ends))
+    room_bytes -= sum(max(0.0, needs.during(forwarded, half_done)) for needs in ends)
+    if room_bytes < 0:
+        return -1
+    size_bytes = block.during(forwarded, half_done)
+    return room_bytes // size_bytes if size_bytes > 0 else inf
 
 
 def _what_costs_depend_on(strategy: Strategy) -> tuple[object, ...]:
@@ -214,21 +224,19 @@ class Problem:
         whole, num_blocks = local.whole(strategy), self.workload.num_blocks
         if num_blocks < 1:
             return True
-        ranks = [
-            # Of several stages on a rank, the one with least in flight may hold all of its blocks.
-            {(min(moment.forwarded), min(moment.half_done)) for moment in moments}
-            for moments in peaks(strategy)
-        ]
-        rooms = [room_bytes - whole.block.working] * len(ranks)
+        ends: list[list[Needs]] = [[] for _ in range(strategy.num_stages)]
         # One rank that holds both ends may hold one copy of what they share.
-        for rank, ends in [(0, whole.first), (-1, whole.last)][: len(ranks)]:
-            kept = ends.during(ranks[rank]) + max(0.0, ends.working - whole.block.working)
-            rooms[rank] -= max(0.0, kept - ROUNDED_BYTES)
-        if min(rooms) < 0:
-            return False
-        sizes = [whole.block.during(held) - ROUNDED_BYTES for held in ranks]
-        taken = (room // size if size > 0 else num_blocks for room, size in zip(rooms, sizes, strict=True))
-        return sum(taken) >= num_blocks
+        ends[0].append(whole.first)
+        ends[-1] = [whole.last]
+        num_held = 0.0
+        for moments, of_rank in zip(peaks(strategy), ends, strict=True):
+            # Of several stages on a rank, the one with least in flight may hold all of its blocks.
+            least = {(min(moment.forwarded), min(moment.half_done)) for moment in moments}
+            fits = min(_num_fitting(whole.block, of_rank, room_bytes, *moment) for moment in least)
+            if fits < 0:
+                return False
+            num_held += fits
+        return num_held >= num_blocks
 
     def _quick_bound_s(self, local: Local, strategy: Strategy, *, partly: bool | None = None) -> float:
         """Of a strategy; or only what its layout, or in part what its shape, makes necessary."""

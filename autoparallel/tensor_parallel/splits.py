@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from autoparallel.tensor_parallel.analysis import Analysis, analyze
 from autoparallel.tensor_parallel.layout import Atom, ParameterSplit, Sharding, leaves
 from autoparallel.tensor_parallel.lower import lower
 from autoparallel.tensor_parallel.values import Illegal, LoweredSegment
+
+MOST_DIMS = 8
+"""All their sets are tried, some milliseconds each; a block of the models we know has two to five."""
 
 Split = tuple[str, ...]
 """The dims to shard, by the names of `split_names`; a split means the same in every segment of a class."""
@@ -53,13 +57,28 @@ def lower_split(
     return lower(graph, segment, analysis, sharding, sequence_parallel=sequence_parallel, rank=rank)
 
 
+def choices(analysis: Analysis, degree: int) -> list[list[str]]:
+    """Dims that are sharded together or not at all: each by itself, unless these are more than `MOST_DIMS`. (Where
+    the first block is the last one again, all blocks are one segment, and each multiplies its sets of dims.)
+    """
+    names = [name for name, atom in split_names(analysis).items() if atom.uneven or atom.size % degree == 0]
+    if len(names) <= MOST_DIMS:
+        return [[name] for name in names]
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<![^.])\d+(?=\.[^\W\d])", "*", name), []).append(name)
+    return list(alike.values())
+
+
 def legal_splits(
     graph: Graph, segment: int, analysis: Analysis, *, degree: int, sequence_parallel: bool
 ) -> Iterator[tuple[Split, LoweredSegment]]:
-    """All sets of atoms that can be sharded together over `degree` ranks, the empty one first."""
-    names = [name for name, atom in split_names(analysis).items() if atom.uneven or atom.size % degree == 0]
-    for count in range(len(names) + 1):
-        for split in combinations(names, count):
+    """All sets of atoms that can be sharded together over `degree` ranks, the empty one first; where a segment has more
+    than `MOST_DIMS`, those of repeated modules are sharded alike.
+    """
+    groups = choices(analysis, degree)
+    for count in range(len(groups) + 1):
+        for split in map(tuple, map(chain.from_iterable, combinations(groups, count))):
             try:
                 lowered = lower_split(
                     graph, segment, analysis, split, degree=degree, sequence_parallel=sequence_parallel
