@@ -41,7 +41,7 @@ from autoparallel.search.windows import (
     windows_below,
 )
 
-WIDENING = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0, UNLIMITED_S)
+WIDENING = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
 """Times a lower bound: limits to look for cuts within, one after the other, where no limit is given."""
 
 
@@ -78,7 +78,9 @@ class Paths:
 
     def best(self, within_s: float = UNLIMITED_S) -> Cut | None:
         """The cut with the shortest longest path of those within a limit; None where none is."""
-        limits = [within_s] if within_s < UNLIMITED_S else [factor * self._simple_bound_s for factor in WIDENING]
+        limits = [within_s]
+        if within_s == UNLIMITED_S:
+            limits = [*(factor * self._simple_bound_s for factor in WIDENING), UNLIMITED_S]
         return next((cut for limit_s in limits if (cut := self._within(limit_s)) is not None), None)
 
     def leanest(self) -> Firsts:
