@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from autoparallel.capture.attention import ATTENTION_TARGET
 from autoparallel.capture.program import Program, capture, capture_for_planning
 from autoparallel.cost.flavors import resolve_flavor
 from autoparallel.cost.segments import build_workload
@@ -252,6 +253,21 @@ def test_blocks_of_one_segment_are_split_alike() -> None:
     assert [len(group) for group in groups] == [7, 7, 7]
     for group in groups:
         assert len({name.split(".", 1)[1] for name in group}) == 1
+
+
+def test_adapted_blocks_have_the_attention_of_their_base() -> None:
+    """Ten dims of a block: heads, their groups, the channels of the MLP, and the ranks of seven adapters, as one."""
+    import peft
+
+    adapters = peft.LoraConfig(r=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("llama", dtype=torch.float32), adapters)
+    graph = capture_for_planning(model).graph
+    assert not graph.notes
+    assert_same(capture(model).graph, graph)
+    for block in range(1, graph.num_segments - 1):
+        assert sum(op.target == ATTENTION_TARGET for op in graph.segment_ops(block)) == 1
+        groups = choices(analyze(graph, block), 2)
+        assert sorted(map(len, groups)) == [1, 1, 1, 7]
 
 
 def test_the_users_model_is_left_alone() -> None:

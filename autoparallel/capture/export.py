@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from autoparallel.capture.attention import ATTENTION_TARGET, NAME, PADDING_TARGET, captured_attention
 from autoparallel.capture.kept import draws
@@ -151,8 +151,7 @@ def _set_attention(model: nn.Module, implementation: str) -> None:
 def _trace(
     twin: nn.Module, *, fake_mode: FakeTensorMode, attention: str, traced: frozenset[int] | None
 ) -> tuple[fx.GraphModule, Repeats | None]:
-    if isinstance(twin, PreTrainedModel):
-        _set_attention(twin, attention)
+    _set_attention(twin, attention)
     with fake_mode:
         tokens = {name: torch.zeros(4, 16, dtype=torch.long) for name in INPUTS[:3]}
         inputs = {**tokens, "num_items": torch.ones((), dtype=torch.long)}

@@ -2,7 +2,7 @@
 
 In its place stand two ops: `block_inputs`, which takes the tensors that the block is called with, and a `block_output`
 for each tensor that it returns, of the shape of what the earlier block, its template, returned. Templates stand between
-two such ops too, so `depth.unfold` can put a template's ops where a copy of it was called. What runs between the blocks
+two such ops too, so `unfold` can put a template's ops where a copy of it was called. What runs between the blocks
 is traced as it is, at full depth.
 """
 

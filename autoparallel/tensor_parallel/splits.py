@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 
@@ -18,8 +18,10 @@ from autoparallel.tensor_parallel.layout import Atom, ParameterSplit, Sharding, 
 from autoparallel.tensor_parallel.lower import lower
 from autoparallel.tensor_parallel.values import Illegal, LoweredSegment
 
-MOST_DIMS = 8
+MOST_DIMS = 6
 """All their sets are tried, some milliseconds each; a block of the models we know has two to five."""
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.[^\W\d])")
+"""Of a module in a list."""
 
 Split = tuple[str, ...]
 """The dims to shard, by the names of `split_names`; a split means the same in every segment of a class."""
@@ -58,16 +60,24 @@ def lower_split(
 
 
 def choices(analysis: Analysis, degree: int) -> list[list[str]]:
-    """Dims that are sharded together or not at all: each by itself, unless these are more than `MOST_DIMS`. (Where
-    the first block is the last one again, all blocks are one segment, and each multiplies its sets of dims.)
+    """Dims that are sharded together or not at all: each by itself. Where these are more than `MOST_DIMS`, those of
+    repeated modules are (blocks that are one segment, since they share parameters); where these still are, those of
+    equal size and of one name in their module (the ranks of a block's adapters).
     """
-    names = [name for name, atom in split_names(analysis).items() if atom.uneven or atom.size % degree == 0]
-    if len(names) <= MOST_DIMS:
-        return [[name] for name in names]
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(re.sub(r"(?<![^.])\d+(?=\.[^\W\d])", "*", name), []).append(name)
-    return list(alike.values())
+    dims = {name: atom for name, atom in split_names(analysis).items() if atom.uneven or atom.size % degree == 0}
+    alike: list[Callable[[str], object]] = [
+        lambda name: name,
+        lambda name: NUMBER.sub("*", name),
+        lambda name: (dims[name].size, ".".join(re.split(r"\.(?=[^\W\d])", name)[-2:])),
+    ]
+    groups: dict[object, list[str]] = {}
+    for key in alike:
+        groups = {}
+        for name in dims:
+            groups.setdefault(key(name), []).append(name)
+        if len(groups) <= MOST_DIMS:
+            break
+    return list(groups.values())
 
 
 def legal_splits(
