@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
+
+import pytest
 
 from autoparallel.capture.program import Program
 from autoparallel.ir.flavor import Flavor
@@ -111,3 +115,16 @@ def plan_for(program: Program, strategy: Strategy, *, seq_len: int, master_dtype
         estimate=estimate,
         candidates=(),
     )
+
+
+def in_turn(some: Sequence[Any], others: Sequence[Any], *, period: int | None = None) -> list[Any]:
+    """Pairs for a test: CI runs each of `some` and each of `others` with one of the other kind at least, or with every
+    `period`-th; `make exhaustive` runs the rest.
+    """
+    period = period or min(len(some), len(others))
+    marks = [pytest.mark.slow, *[pytest.mark.exhaustive] * (period - 1)]
+    return [
+        pytest.param(one, other, marks=marks[(i - j) % period])
+        for i, one in enumerate(some)
+        for j, other in enumerate(others)
+    ]

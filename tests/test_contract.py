@@ -130,7 +130,7 @@ def refusals(strategy: Strategy) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(PIPELINED, marks=pytest.mark.slow), *PLANS[1:]])
+@pytest.mark.parametrize("strategy", [pytest.param(PIPELINED, marks=pytest.mark.exhaustive), *PLANS[1:]])
 def test_what_the_program_cannot_follow_is_refused(strategy: Strategy) -> None:
     for found in run_ranks(
         strategy.num_devices, refusals, strategy, first=partial(program_of, "llama", attention_dropout=0.1)

@@ -118,7 +118,7 @@ def emitted_block(model: nn.Module, program: Program, recomputation: Recomputati
     return Block(module, inputs, storages([*inputs, *model.parameters(), *model.buffers()]))
 
 
-@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("recomputation", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize("family", PROVED)
 def test_saved_bytes_equal_what_stays_alive(family: str, recomputation: Recomputation) -> None:
     """From the forward of one block to its backward: what autograd and the selective cache hold."""

@@ -10,6 +10,7 @@ import pytest
 from autoparallel.plans.grid import AXES
 from autoparallel.plans.strategy import Strategy
 from tests.equality import check_strategies
+from tests.strategies import in_turn
 
 TOLERANCE = 1e-9
 GROUPS: dict[str, Any] = {"data_parallel": 4, "shard_group_size": 2}
@@ -49,9 +50,7 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "level"), in_turn(["llama", "qwen2"], [1, 2, 3]))
 def test_hybrid_sharding_in_a_pipeline(family: str, level: int) -> None:
     """Replicas far apart and, for every second schedule, next to each other."""
     orders = [None, ("dp", "pp", "tp")]
@@ -62,9 +61,7 @@ def test_hybrid_sharding_in_a_pipeline(family: str, level: int) -> None:
     prove(family, strategies)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi3"])
+@pytest.mark.parametrize(("family", "level"), in_turn(["llama", "qwen2", "gpt2", "phi3"], [1, 2, 3]))
 def test_hybrid_sharding_of_tensor_parallel_shards(family: str, level: int) -> None:
     """With fused projections among them, of which ranks hold parts in common."""
     tensor: dict[str, Any] = GROUPS | {"tensor_parallel": 2, "num_micro_batches": 2, "distribute_param": level}
@@ -76,9 +73,7 @@ def test_hybrid_sharding_of_tensor_parallel_shards(family: str, level: int) -> N
     prove(family, strategies, changes={"num_key_value_heads": 1} if family == "phi3" else {})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [order for order in permutations(AXES) if order != AXES])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "order"), in_turn(["llama", "qwen2"], list(permutations(AXES))[1:]))
 def test_every_order_of_the_axes(family: str, order: Any) -> None:
     choices: list[dict[str, Any]] = [
         {"distribute_param": 0},

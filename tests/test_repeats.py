@@ -219,7 +219,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], int | None]] = {
         2,
     ),
 }
-FAST = ("half frozen", "one hooked", "the number is compared", "windows from a block on")
+FAST = ("half frozen", "the number is compared")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CHANGED])

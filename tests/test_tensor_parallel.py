@@ -20,7 +20,7 @@ from autoparallel.tensor_parallel.splits import SplitGraph, legal_splits, lower_
 from tests.equality import check_strategies, parallel
 from tests.families import FAMILIES, UNSEEN, lifted, make_batch, make_model, program_of
 from tests.ranks import run_ranks
-from tests.strategies import all_splits
+from tests.strategies import all_splits, in_turn
 
 TOLERANCE = 1e-9
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in UNSEEN)]
@@ -129,8 +129,9 @@ def prove(family: str, strategies: list[Strategy]) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ALL_BUT_LLAMA)])
+@pytest.mark.parametrize(
+    ("family", "sequence_parallel"), [("llama", False), ("llama", True), *in_turn(ALL_BUT_LLAMA, [False, True])]
+)
 def test_every_legal_split(family: str, sequence_parallel: bool) -> None:
     """All splits of a block, on all gradients."""
     splits = all_splits(program_of(family), 2, sequence_parallel=sequence_parallel)

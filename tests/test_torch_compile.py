@@ -54,7 +54,7 @@ def check(strategy: Strategy) -> tuple[list[float], list[float], int, dict[str, 
     return plain, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-SLOW = {"pipelined": pytest.mark.slow, "sharded": pytest.mark.slow, "tensor-parallel": pytest.mark.exhaustive}
+SLOW = {"pipelined": pytest.mark.exhaustive, "sharded": pytest.mark.slow, "tensor-parallel": pytest.mark.exhaustive}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW[name]) for name in PLANS])

@@ -23,7 +23,7 @@ from autoparallel.search.stage_times import Overheads, StageSeconds, stage_secon
 from tests.fake_cluster import Recorder, Seen, adapted, fake_rank, llama_70b, qwen_7b, with_widest_splits
 from tests.families import FAMILIES, UNSEEN
 from tests.lowered import lowered_workload
-from tests.strategies import even_stages
+from tests.strategies import even_stages, in_turn
 
 SEQ = 16
 ADAPTED: dict[str, Callable[[], nn.Module]] = {
@@ -184,9 +184,7 @@ SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
 RECOMPUTATIONS = ["none", "selective", "full"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("tensor", TENSOR)
+@pytest.mark.parametrize(("tensor", "schedule"), in_turn(TENSOR, SCHEDULES, period=2))
 def test_every_combination(tensor: tuple[int, bool], schedule: Any, programs: dict[str, Program]) -> None:
     """Tied and untied, with and without biases, in turn."""
     degree, by_tokens = tensor

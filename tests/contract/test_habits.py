@@ -116,11 +116,6 @@ def compare(models: Path, plain: Callable[[str], Run], out: Path, plan: str, *na
         check(found[name], plain(name))
 
 
-@pytest.mark.slow
-def test_trainer_sees_one_process(models: Path, plain: Any, tmp_path: Path) -> None:
-    compare(models, plain, tmp_path, "pipelined", "trainer")
-
-
 ONCE_IN_CI = {"pipelined", "tensor-parallel", "sharded"}
 """A minute each on two cores; `make exhaustive` runs the others."""
 

@@ -70,7 +70,7 @@ def slow(family: str, *, in_ci: bool = True) -> Any:
 
 
 @pytest.mark.parametrize(
-    "family", [slow("gemma2", in_ci=False), slow("llama", in_ci=False), slow("phi3"), slow("gpt_neox")]
+    "family", [slow("gemma2", in_ci=False), slow("llama", in_ci=False), slow("phi3", in_ci=False), slow("gpt_neox")]
 )
 def test_a_family_nobody_wrote_code_for(family: str, references: Any, tmp_path: Path) -> None:
     reference = references(family)
