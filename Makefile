@@ -20,8 +20,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed ## make .venv with everything
 
-demo: install ## fine-tune SmolLM2-135M on four processes, then the same script on two
+demo: export AUTOPARALLEL_COST_MODELS = runs/tables
+demo: install ## measure this machine, fine-tune SmolLM2-135M on four processes, then the same script on two
 	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/autoparallel profile --device cpu --budget 60 --output runs/tables
 	AUTOPARALLEL_FLAVOR=cpu:4 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu4
 	$(BIN)/python examples/complete.py --model runs/smollm2-cpu4
 	AUTOPARALLEL_FLAVOR=cpu:2 $(BIN)/python examples/train_smollm2.py --out runs/smollm2-cpu2

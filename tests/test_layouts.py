@@ -32,9 +32,7 @@ def test_tensor_parallel_ranks_may_be_far_apart() -> None:
     prove("llama", [Strategy(tensor_parallel=2, data_parallel=2, mesh_order=("pp", "tp", "dp"), distribute_param=1)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "level"), in_turn(["llama", "qwen2"], [1, 2, 3]))
 def test_hybrid_sharding_on_four_ranks(family: str, level: int) -> None:
     """Untied and tied; one and several micro-batches, of which level 1 reduces the last and the others each."""
     counts = [(1, "none"), (3, "selective"), (4, "full")]

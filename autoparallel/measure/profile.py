@@ -283,7 +283,9 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
     fields |= {
         "name": name,
         "vendor": fields.get("vendor", "any" if watch.device.type == "cpu" else "unknown"),
-        "description": fields.get("description", name),
+        "description": fields.get("description", name)
+        if watch.device.type == "cuda"
+        else f"One core of {_cpu_model()}, eager PyTorch with gloo",
         "memory_bytes": measured(_memory_bytes(watch.device), "bytes", "half of the host's memory on CPU"),
         "memory_bandwidth_bytes_per_s": bandwidth,
         "memory_efficiency": measured(
@@ -321,6 +323,9 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
         "devices_per_host": fields.get("devices_per_host")
         or _assumed(max(1, torch.cuda.device_count()), "devices", "those that torch sees"),
     }
+    if watch.device.type == "cpu":
+        told = "steps are within 10 % in one process, 13 to 16 % longer than predicted in two and four that share cores"
+        fields["step_time_spread"] = _assumed(0.2, "fraction", told)
     if found.links is not None:
         what = "gloo between processes" if watch.device.type == "cpu" else "collectives between the GPUs of this host"
         fields["intra_host"] = {
@@ -351,8 +356,10 @@ def _source(device: torch.device) -> str:
 
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.M) if path.exists() else None
-    return match[1] if match else platform.processor() or platform.machine()
+    told = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", path.read_text(), re.M)) if path.exists() else {}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return f"{told['model name']} (family {told.get('cpu family', '?')}, model {told.get('model', '?')})"
 
 
 def _memory_bytes(device: torch.device) -> int:
