@@ -20,7 +20,7 @@ from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Stage
 from autoparallel.search.cuts import Found, Shortfall, find_cuts
 from autoparallel.search.price import price
 from autoparallel.search.problem import Problem
-from autoparallel.search.runs import RunCosts, Runs
+from autoparallel.search.runs import RunCosts, runs_of
 from autoparallel.search.stage_costs import StageCosts
 from autoparallel.search.stage_times import stage_seconds
 from autoparallel.space.candidates import Shape, divisors, enumerate_strategies
@@ -167,7 +167,7 @@ def layouts(draw: st.DrawFn, strategy: Strategy) -> Strategy:
 def test_runs_equal_the_formulas(problem: tuple[Workload, Strategy], data: st.DataObject) -> None:
     """Of every run of segments that some cut has: seconds of `stage_seconds`, bytes of `rank_memory`."""
     drawn, strategy = problem[0], data.draw(layouts(problem[1]))
-    runs = Runs(drawn)
+    runs = runs_of(drawn)
     costs = RunCosts(drawn, strategy, runs)
     level = strategy.recomputation
     stages = StageCosts(drawn, strategy, runs, costs, capacity_bytes(drawn))
@@ -199,7 +199,7 @@ def test_runs_equal_the_formulas(problem: tuple[Workload, Strategy], data: st.Da
 def test_a_run_recomputes_no_less_than_its_bound(problem: tuple[Workload, Strategy]) -> None:
     drawn, strategy = problem
     assume(strategy.virtual_stages == 1 and strategy.least_recomputation is not None)
-    runs = Runs(drawn)
+    runs = runs_of(drawn)
     stages = StageCosts(drawn, strategy, runs, RunCosts(drawn, strategy, runs), capacity_bytes(drawn))
     for stage in range(strategy.num_stages):
         bound_s = stages.recompute_s(stage).copy()

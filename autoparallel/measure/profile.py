@@ -324,7 +324,7 @@ def _table(name: str, watch: Stopwatch, found: _Found) -> CostTable:
         or _assumed(max(1, torch.cuda.device_count()), "devices", "those that torch sees"),
     }
     if watch.device.type == "cpu":
-        told = "steps are within 10 % in one process, 13 to 16 % longer than predicted in two and four that share cores"
+        told = "steps are within 10 % in one process, 10 to 16 % longer than predicted in two and four that share cores"
         fields["step_time_spread"] = _assumed(0.2, "fraction", told)
     if found.links is not None:
         what = "gloo between processes" if watch.device.type == "cpu" else "collectives between the GPUs of this host"

@@ -14,7 +14,7 @@ from autoparallel.plans.strategy import StagePlan, Strategy
 from autoparallel.search.interleaved import Interleaved
 from autoparallel.search.paths import Cut, Paths
 from autoparallel.search.polish import Cuts, polish
-from autoparallel.search.runs import RunCosts, Runs
+from autoparallel.search.runs import RunCosts, runs_of
 from autoparallel.search.stage_costs import StageCosts
 from autoparallel.search.windows import UNLIMITED_S, Firsts
 
@@ -60,7 +60,7 @@ def find_cuts(
     workload allows. Cuts whose bound is beyond `within_s` are not looked at. Unless `polished`, the closed form alone
     decides.
     """
-    costs = costs or RunCosts(workload, strategy, Runs(workload))
+    costs = costs or RunCosts(workload, strategy, runs_of(workload))
     limit_bytes = capacity_bytes(workload) if limit_bytes is None else limit_bytes
     cuts = Cuts(StageCosts(workload, strategy, costs.runs, costs, limit_bytes))
     found = (_one_a_rank if strategy.virtual_stages == 1 else _several_a_rank)(cuts, within_s)

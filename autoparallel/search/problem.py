@@ -25,7 +25,7 @@ from autoparallel.cost.workload import Variant, Workload
 from autoparallel.plans.grid import Axis
 from autoparallel.plans.strategy import Strategy
 from autoparallel.schedule.actions import splits_backward
-from autoparallel.search.runs import RunCosts, Runs
+from autoparallel.search.runs import RunCosts, Runs, runs_of
 from autoparallel.space.candidates import EMITTED, Shape
 
 ROUNDED_BYTES = 4096
@@ -162,7 +162,7 @@ class Problem:
         """What a rank holds of each segment depends on the split alone."""
         key = (strategy.tensor_parallel, strategy.sequence_parallel, strategy.splits)
         if key not in self._runs:
-            self._runs[key] = Runs(local)
+            self._runs[key] = runs_of(local)
         return self._runs[key]
 
     def shape_bound_s(self, shape: Shape, orders: Iterable[tuple[Axis, ...] | None] = (None,)) -> float:

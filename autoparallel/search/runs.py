@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.memory import copy_bytes, update_workspace_bytes
 from autoparallel.cost.traffic import BUCKET_BYTES
-from autoparallel.cost.workload import ParameterCount, SegmentCost, Workload
+from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Recomputation, Strategy
 from autoparallel.schedule.actions import InFlight
 from autoparallel.search.stage_times import Overheads, windows, with_head
@@ -49,12 +49,31 @@ class Offer(NamedTuple):
     kind: int
 
 
+class Makeup(NamedTuple):
+    """What a workload says of its segments, costs left out."""
+
+    segment_classes: tuple[int, ...]
+    parameters: tuple[ParameterCount, ...]
+    shared: tuple[SharedParameters, ...]
+    addends: tuple[int, ...]
+
+
+def runs_of(workload: Workload) -> Runs:
+    """The same object for all workloads of one makeup."""
+    return _runs_of(Makeup(workload.segment_classes, workload.parameters, workload.shared, workload.addends))
+
+
+@lru_cache(maxsize=64)
+def _runs_of(makeup: Makeup) -> Runs:
+    return Runs(makeup)
+
+
 class Runs:
     """The runs of one workload. A run is distinct by the kinds of its segments and by what it hands on."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.num_segments = len(workload.segment_classes)
-        kinds, of_segment = _kinds(workload)
+    def __init__(self, makeup: Makeup) -> None:
+        self.num_segments = len(makeup.segment_classes)
+        kinds, of_segment = _kinds(makeup)
         self.kinds = kinds
         found: dict[tuple[bytes, int], int] = {}
         self.ids = np.full((self.num_segments, self.num_segments), NONE)
@@ -65,7 +84,7 @@ class Runs:
         for first in range(self.num_segments):
             row = of_segment[first]
             for last in range(first, self.num_segments):
-                after = workload.segment_classes[last + 1] if last + 1 < self.num_segments else NONE
+                after = makeup.segment_classes[last + 1] if last + 1 < self.num_segments else NONE
                 key = (row[first : last + 1].tobytes(), after)
                 if key not in found:
                     found[key] = len(found)
@@ -82,7 +101,7 @@ class Runs:
         """The same of segments that are gathered together with the head."""
         for run, (first, last) in enumerate(zip(self.first, self.last, strict=True)):
             if last == self.num_segments - 1:
-                for segment in with_head(workload, first):
+                for segment in with_head(makeup.shared, self.num_segments - 1, first):
                     self.kept_counts[run, of_segment[first][segment]] += 1
         triples: dict[tuple[int, int, int], int] = {}
         rows = []
@@ -111,27 +130,27 @@ class Runs:
         return few
 
 
-def _kinds(workload: Workload) -> tuple[tuple[Kind, ...], Ints]:
+def _kinds(makeup: Makeup) -> tuple[tuple[Kind, ...], Ints]:
     """The kinds, and [first, segment]: which one a segment is in a stage that begins at `first`."""
-    num_segments = len(workload.segment_classes)
-    addends = workload.addends or (0,) * num_segments
+    num_segments = len(makeup.segment_classes)
+    addends = makeup.addends or (0,) * num_segments
     found: dict[tuple[object, ...], int] = {}
     kinds: list[Kind] = []
     of_segment = np.zeros((num_segments, num_segments), dtype=np.int64)
-    plain = [(workload.segment_classes[i], workload.parameters[i], addends[i]) for i in range(num_segments)]
+    plain = [(makeup.segment_classes[i], makeup.parameters[i], addends[i]) for i in range(num_segments)]
     ids = {key: place for place, key in enumerate(dict.fromkeys(plain))}
     for first in range(num_segments):
         carried: dict[int, list[int]] = {}
-        for group, shared in enumerate(workload.shared):
+        for group, shared in enumerate(makeup.shared):
             if (user := min((s for s in shared.segments if s >= first), default=None)) is not None:
                 carried.setdefault(user, []).append(group)
         for segment in range(first, num_segments):
             groups = carried.get(segment, [])
-            users = [group for group, shared in enumerate(workload.shared) if segment in shared.segments]
+            users = [group for group, shared in enumerate(makeup.shared) if segment in shared.segments]
             key = (ids[plain[segment]], *groups, NONE, *users)
             if key not in found:
                 found[key] = len(kinds)
-                own, more = workload.parameters[segment], [workload.shared[group].count for group in groups]
+                own, more = makeup.parameters[segment], [makeup.shared[group].count for group in groups]
                 count = ParameterCount(
                     trainable=own.trainable + sum(c.trainable for c in more),
                     frozen=own.frozen + sum(c.frozen for c in more),

@@ -14,6 +14,7 @@ backward reduces in two halves, with each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import add, attrgetter
@@ -231,12 +232,11 @@ class StageSeconds:
 _values = attrgetter(*(field.name for field in fields(StageSeconds)))
 
 
-def with_head(workload: Workload, first: int) -> list[int]:
+def with_head(shared_by: Sequence[SharedParameters], last: int, first: int) -> list[int]:
     """The model's last segment, and those of a stage from `first` to it that share a parameter with it: they are
     gathered together.
     """
-    last = len(workload.segment_classes) - 1
-    sharing = {i for shared in workload.shared if last in shared.segments for i in shared.segments if i >= first}
+    sharing = {i for shared in shared_by if last in shared.segments for i in shared.segments if i >= first}
     return sorted(sharing | {last})
 
 
@@ -274,7 +274,7 @@ def stage_seconds(workload: Workload, strategy: Strategy, plan: StagePlan) -> St
     last_s = [overheads.step_reduce_s(count.trainable) for count in counts]
     kept = set[int]()
     if strategy.keeps_head and plan.last_segment == len(workload.segment_classes) - 1:
-        kept = set(with_head(workload, plan.first_segment))
+        kept = set(with_head(workload.shared, len(workload.segment_classes) - 1, plan.first_segment))
     shown = _Exposed()
     room = windows(workload, strategy, segments)
     for segment, gather_s, reduce_s, window in zip(segments, gathers_s, reduces_s, room, strict=True):
