@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from autoparallel.errors import ConfigError
 from autoparallel.plans.strategy import Constraints, Strategy
-from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies, tensor_degrees
+from autoparallel.space.candidates import EMITTED, divisors, enumerate_space, tensor_degrees
 
 
 def strategies(devices: int = 4, batch: int = 8, blocks: int = 6, **constraints: Any) -> list[Strategy]:
-    return enumerate_strategies(
+    return enumerate_space(
         num_devices=devices, batch_size=batch, num_blocks=blocks, constraints=Constraints(**constraints)
-    )
+    ).listed()
 
 
 @given(devices=st.integers(1, 24), batch=st.integers(1, 96), blocks=st.integers(1, 24))
@@ -164,14 +164,14 @@ def test_tensor_parallel_degrees_tile_a_host() -> None:
 
 def test_tensor_and_sequence_parallelism_are_listed_where_they_can_be() -> None:
     def layouts(seq_len: int, **constraints: Any) -> set[tuple[int, int, int, bool]]:
-        found = enumerate_strategies(
+        found = enumerate_space(
             num_devices=4,
             batch_size=8,
             num_blocks=4,
             constraints=Constraints(**constraints),
             tensor_degrees=[1, 2, 4],
             seq_len=seq_len,
-        )
+        ).listed()
         return {(s.num_stages, s.tensor_parallel, s.data_parallel, s.sequence_parallel) for s in found}
 
     assert all(a * b * c == 4 for a, b, c, _ in layouts(128))

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from autoparallel.cost.memory import capacity_bytes, rank_memory
 from autoparallel.cost.workload import Workload
 from autoparallel.plans.grid import AXES
-from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, StagePlan, Strategy
+from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 from autoparallel.search.cuts import Found, Shortfall, find_cuts
 from autoparallel.search.price import price
 from autoparallel.search.problem import Problem
 from autoparallel.search.runs import RunCosts, runs_of
 from autoparallel.search.stage_costs import StageCosts
 from autoparallel.search.stage_times import stage_seconds
-from autoparallel.space.candidates import Shape, divisors, enumerate_strategies
-from tests.workloads import GIB, gpus, random_workloads, segment, workload
+from autoparallel.space.candidates import Shape, divisors
+from tests.workloads import GIB, gpus, random_workloads, segment, strategies, workload
 
 
 def all_cuts(workload: Workload, strategy: Strategy) -> Iterator[Strategy]:
@@ -78,13 +78,7 @@ def excess_bytes(workload: Workload, cut: Strategy) -> int:
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Workload, Strategy]:
     drawn = draw(random_workloads())
-    options = enumerate_strategies(
-        num_devices=drawn.flavor.num_devices,
-        batch_size=drawn.batch_size,
-        num_blocks=drawn.num_blocks,
-        constraints=Constraints(),
-    )
-    return drawn, draw(st.sampled_from([s for s in options if s.total_stages <= drawn.num_blocks]))
+    return drawn, draw(st.sampled_from([s for s in strategies(drawn) if s.total_stages <= drawn.num_blocks]))
 
 
 def cut_times(drawn: Workload, strategy: Strategy) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from autoparallel.plans.strategy import Constraints, Strategy
-from autoparallel.space.candidates import EMITTED, divisors, enumerate_strategies
+from autoparallel.space.candidates import EMITTED, divisors, enumerate_space
 from tests.equality import SEQ, check_strategies
 from tests.families import FAMILIES, UNSEEN
 
@@ -28,7 +28,7 @@ def offered(num_devices: int) -> list[Strategy]:
     """
     strategies: dict[Strategy, None] = {}
     for recomputation in ("auto", False, "selective", "full"):
-        found = enumerate_strategies(
+        found = enumerate_space(
             num_devices=num_devices,
             batch_size=ROWS,
             num_blocks=4,
@@ -36,7 +36,7 @@ def offered(num_devices: int) -> list[Strategy]:
             tensor_degrees=divisors(num_devices),
             seq_len=SEQ,
             devices_per_host=2 if num_devices == 4 else None,
-        )
+        ).listed()
         strategies |= dict.fromkeys(found)
         if recomputation == "auto":
             strategies |= {s.model_copy(update={"recomputation": "selective"}): None for s in found}

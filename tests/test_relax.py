@@ -16,7 +16,7 @@ from autoparallel.search.price import cut_and_price, solve
 from autoparallel.search.problem import Problem
 from autoparallel.search.relax import Choice, Kind, Limits, Option, Relaxation, cheapest
 from autoparallel.search.select import search, select_best_graph_from_candidates
-from autoparallel.space.candidates import enumerate_strategies
+from autoparallel.space.candidates import enumerate_space
 from tests.workloads import GIB, gpus, segment, workload
 
 SAVED, KEPT = GIB, GIB // 4
@@ -151,7 +151,7 @@ def test_relaxing_takes_milliseconds() -> None:
         segment(forward_s=1e-3),
     )
     drawn = workload(gpus(16, memory_bytes=4 * GIB), costs=costs, classes=(0, *[1, 2] * 40, 3), batch_size=16)
-    strategies = enumerate_strategies(num_devices=16, batch_size=16, num_blocks=80, constraints=Constraints())
+    strategies = enumerate_space(num_devices=16, batch_size=16, num_blocks=80, constraints=Constraints()).listed()
     free = [strategy for strategy in strategies if strategy.least_recomputation is not None]
     begin = time.process_time()
     problem = Problem(drawn)

@@ -10,7 +10,8 @@ from autoparallel.cost.tables import load_table
 from autoparallel.cost.workload import ParameterCount, SegmentCost, SharedParameters, Workload
 from autoparallel.ir.flavor import Flavor
 from autoparallel.ir.precision import Precision
-from autoparallel.space.candidates import divisors
+from autoparallel.plans.strategy import Constraints, Strategy
+from autoparallel.space.candidates import divisors, enumerate_space
 
 GIB = 2**30
 MIXED = Precision.of("bfloat16", "float32")
@@ -128,3 +129,14 @@ def random_workloads(draw: st.DrawFn, *, max_blocks: int = 6, max_devices: int =
         tied=draw(st.sampled_from([0, 500_000])),
         memory_ratio=1.0,
     )
+
+
+def strategies(drawn: Workload) -> list[Strategy]:
+    """All of its space, without tensor parallelism and in one host."""
+    space = enumerate_space(
+        num_devices=drawn.flavor.num_devices,
+        batch_size=drawn.batch_size,
+        num_blocks=drawn.num_blocks,
+        constraints=Constraints(),
+    )
+    return space.listed()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from autoparallel.cost.memory import capacity_bytes, peaks
-from autoparallel.search.runs import RunCosts
+from autoparallel.search.runs import ROUNDED_BYTES, RunCosts
 from autoparallel.search.stage_costs import StageCosts
 from autoparallel.search.windows import (
     NUDGE,
@@ -27,9 +27,6 @@ from autoparallel.search.windows import (
     legal_windows,
     windows_below,
 )
-
-ROUNDED_BYTES = 4096
-"""Shards are rounded up for each stage, not for a rank's stages together."""
 
 
 class Interleaved:

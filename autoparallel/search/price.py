@@ -16,7 +16,6 @@ from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEst
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 from autoparallel.search.cuts import Found, Shortfall, TooLarge, TooSlow, find_cuts
 from autoparallel.search.problem import Local, Problem
-from autoparallel.search.relax import Relaxation
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
 from autoparallel.search.windows import UNLIMITED_S
@@ -89,7 +88,9 @@ def _shortfall_bytes(candidate: Candidate) -> int:
 
 
 def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
-    """Price a strategy that somebody named, cut where the closed form is least unless it has stages. May not fit."""
+    """Price a strategy that somebody named, cut where the closed form is least unless it has stages. Memory is
+    told, not checked.
+    """
     check_strategy(workload, strategy, has_split=bool(workload.under(strategy)))
     if strategy.tensor_parallel in workload.impossible_degrees:
         raise ConfigError(
@@ -108,16 +109,9 @@ def cut_and_price(workload: Workload, strategy: Strategy) -> Estimate:
             remedy=f"choose num_stages × virtual_stages up to {max(1, workload.num_blocks)}",
         )
     local, strategy = workload.under(strategy)[0]
-    if strategy.total_stages == 1:
-        whole = StagePlan(
-            first_segment=0, last_segment=len(local.segment_classes) - 1, recomputation=strategy.recomputation
-        )
-        stages = Relaxation(local, strategy).stages((whole,))
-    else:
-        found = find_cuts(local, strategy, limit_bytes=UNLIMITED_BYTES, polished=False)
-        assert isinstance(found, Found)
-        stages = found.stages
-    return _price(local, strategy.model_copy(update={"stages": stages}))
+    found = find_cuts(local, strategy, limit_bytes=UNLIMITED_BYTES, polished=False)
+    assert isinstance(found, Found)
+    return _price(local, strategy.model_copy(update={"stages": found.stages}))
 
 
 def check_strategy(workload: Workload, strategy: Strategy, *, has_split: bool) -> None:

@@ -25,11 +25,9 @@ from autoparallel.cost.workload import Variant, Workload
 from autoparallel.plans.grid import Axis
 from autoparallel.plans.strategy import Strategy
 from autoparallel.schedule.actions import splits_backward
-from autoparallel.search.runs import RunCosts, Runs, runs_of
+from autoparallel.search.runs import ROUNDED_BYTES, RunCosts, Runs, runs_of
 from autoparallel.space.candidates import EMITTED, Shape
 
-ROUNDED_BYTES = 4096
-"""Shards are rounded up, for a block more often than for a stage."""
 MAX_COSTS = 256
 """Strategies that differ in their schedules and their cuts alone share costs; they come one after the other."""
 

@@ -15,7 +15,7 @@ from autoparallel.errors import ConfigError, NoFeasiblePlanError
 from autoparallel.plans.candidate import Candidate
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, Constraints, Strategy
 from autoparallel.search.cuts import Found, find_cuts
-from autoparallel.space.candidates import enumerate_strategies
+from autoparallel.space.candidates import enumerate_space
 
 GIB = 2**30
 MAX_MEMORY_RATIO = 0.95
@@ -119,14 +119,14 @@ def _more_devices(workload: Workload, constraints: Constraints) -> Iterator[str]
 def first_fit(workload: Workload, constraints: Constraints) -> Strategy | None:
     """A strategy that fits, if any: of each number of stages and sharding level, the one that needs least is tried."""
     try:
-        strategies = enumerate_strategies(
+        strategies = enumerate_space(
             num_devices=workload.flavor.num_devices,
             batch_size=workload.batch_size,
             num_blocks=workload.num_blocks,
             constraints=constraints,
             tensor_degrees=workload.tensor_degrees,
             seq_len=workload.seq_len,
-        )
+        ).listed()
     except ConfigError:
         return None
     leanest: dict[tuple[int, int, bool, int], Strategy] = {}

@@ -28,6 +28,10 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 NONE = -1
+ROUNDED_BYTES = 4096
+"""By so much bounds on memory are lower: shards are rounded up for a stage, not for its blocks, nor for a rank's stages
+together.
+"""
 
 
 @dataclass(frozen=True)

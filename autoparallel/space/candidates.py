@@ -105,6 +105,11 @@ class Space:
         """How many strategies have a shape."""
         return len(self.layouts(shape)) * self.per_layout(shape)
 
+    def listed(self) -> list[Strategy]:
+        """All strategies; a number of stages beyond `num_blocks` once, at the end."""
+        listed = [s for shape in self.shapes for layout in self.layouts(shape) for s in self.strategies(shape, layout)]
+        return listed + [self.strategies(shape, self.layouts(shape)[0])[0] for shape in self.too_many_stages]
+
     def _schedules(self, shape: Shape) -> tuple[tuple[ScheduleName, int], ...]:
         return _schedules(shape.num_stages, shape.num_micro_batches, self.num_blocks, self.constraints)
 
@@ -188,30 +193,6 @@ def enumerate_space(
     too_many = {division.num_stages: division for division in reversed(divisions) if division not in usable}
     examples = [_shapes(too_many[count], batch_size, constraints)[:1] for count in sorted(too_many)]
     return replace(space, too_many_stages=tuple(shape for found in examples for shape in found))
-
-
-def enumerate_strategies(
-    *,
-    num_devices: int,
-    batch_size: int,
-    num_blocks: int,
-    constraints: Constraints,
-    tensor_degrees: Sequence[int] = (1,),
-    seq_len: int = 0,
-    devices_per_host: int | None = None,
-) -> list[Strategy]:
-    """The strategies of `enumerate_space` in a list; a number of stages beyond `num_blocks` is listed once."""
-    space = enumerate_space(
-        num_devices=num_devices,
-        batch_size=batch_size,
-        num_blocks=num_blocks,
-        constraints=constraints,
-        tensor_degrees=tensor_degrees,
-        seq_len=seq_len,
-        devices_per_host=devices_per_host,
-    )
-    listed = [s for shape in space.shapes for layout in space.layouts(shape) for s in space.strategies(shape, layout)]
-    return listed + [space.strategies(shape, space.layouts(shape)[0])[0] for shape in space.too_many_stages]
 
 
 def tensor_degrees(num_devices: int, constraints: Constraints) -> list[int]:
