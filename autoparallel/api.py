@@ -216,6 +216,8 @@ def estimate(
     gathers_each_parameter: bool = False,
     shards_most: bool = False,
     keeps_gathered: bool = True,
+    blocking_sends: bool = False,
+    scatters_sends: bool = False,
     tensor_overlap: bool = False,
     accumulates_in_matmul: bool = False,
     dispatch_s: float | None = None,
@@ -230,8 +232,9 @@ def estimate(
 
     The other options price other people's programs: matmuls in `dtype="float8"` or `"float4"` beside bfloat16, other
     kernels of `attention`, `fused` element-wise ones or `merged_...` ones alone, collectives of data (`overlap`,
-    `gathers_...`) and tensor parallelism (`tensor_overlap`) beside compute, tensor parallelism that divides all it can
-    (`shards_most`) or gathers twice (not `keeps_gathered`), matmuls that sum the gradients they make
+    `gathers_...`) and tensor parallelism (`tensor_overlap`) beside compute, stages that wait for their sends
+    (`blocking_sends`) or whose tensor-parallel ranks send a part each (`scatters_sends`), tensor parallelism that
+    divides all it can (`shards_most`) or gathers twice (not `keeps_gathered`), matmuls that sum the gradients they make
     (`accumulates_in_matmul`), bytes that the optimizer needs for an element while it steps, dtypes of gradients and
     masters, host time to launch a kernel (`dispatch_s`). `table` stands in for the device's cost table.
     """
@@ -272,6 +275,8 @@ def estimate(
             gathers_each_parameter=gathers_each_parameter,
             shards_most=shards_most,
             keeps_gathered=keeps_gathered,
+            blocking_sends=blocking_sends,
+            scatters_sends=scatters_sends,
             tensor_overlap=tensor_overlap,
             accumulates_in_matmul=accumulates_in_matmul,
             optimizer_workspace_bytes=optimizer_workspace_bytes,

@@ -60,21 +60,23 @@ def score_runs(
     """
     scored = [run for run in runs if run.quality.casefold() in QUALITIES]
     asked = {run.id for run in scored}
+    since = [run for run in read_runs(PUBLISHED / "more.json")[0] if run.id not in asked]
     apart = [run for run in read_runs(PUBLISHED / "layouts.json")[0] if run.id not in asked]
     limits, _ = read_runs(PUBLISHED / "limits.json")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("pricing published runs", total=len(scored) + len(apart) + len(limits))
+        task = progress.add_task("pricing published runs", total=len(scored) + len(since) + len(apart) + len(limits))
 
         def answered(run: Run, without: TableWithout | None) -> Answer:
             progress.advance(task)
             return answer(run, price=price, table_without=without)
 
         answers = [answered(run, table_without) for run in scored]
+        more = [answered(run, table_without) for run in since]
         never_fitted = [answered(run, None) for run in apart]
         failures = [answered(run, None) for run in limits]
         shapes = ratios(PUBLISHED / "ratios.json", price=price)
     return report_of(
-        answers, unread, apart=never_fitted, limits=failures, ratios=shapes, unscored=len(runs) - len(scored)
+        answers, unread, more=more, apart=never_fitted, limits=failures, ratios=shapes, unscored=len(runs) - len(scored)
     )
 
 

@@ -16,7 +16,7 @@ from autoparallel.cost.tables import CostTable, load_table
 from autoparallel.errors import ConfigError
 from autoparallel.plans.estimate import Breakdown, Estimate, StageEstimate
 from benchmarks.accuracy import PUBLISHED, main, score_runs
-from benchmarks.published.question import Question
+from benchmarks.published.question import Question, question_of
 from benchmarks.published.rows import Run, read_runs
 from benchmarks.scores import memory
 from benchmarks.scores.answers import Answer, answer, answer_all, timed
@@ -24,10 +24,11 @@ from benchmarks.scores.baseline import Baseline, Sample, _best_rate, work
 from benchmarks.scores.errors import average, score, spread
 from benchmarks.scores.held_out import tables_without, with_figures
 from benchmarks.scores.layouts import Family, Member, choice, families, repeated
+from benchmarks.scores.price import price
 from benchmarks.scores.ratios import ratios
 from benchmarks.scores.report import as_json, report_of
 from benchmarks.scores.tables import print_report
-from tests.test_published import ROW
+from tests.test_published import GPT, ROW
 
 GIB = 2**30
 RATE = 1.5e14
@@ -69,6 +70,13 @@ def test_a_source_counts_once_however_many_rows_it_has() -> None:
     assert (scores[0].median, scores[0].bias, scores[0].worst) == pytest.approx((0.1, 0.1, 0.3))
     assert (found.mean, found.worst, found.bias) == pytest.approx((0.301, 0.5, -0.2))
     assert average([]) is None
+
+
+def test_fp16_runs_at_the_rate_of_fp16() -> None:
+    """A V100 computes bf16 in fp32, eight times slower."""
+    v100 = {"gpu": {"name": "V100-SXM2-32GB"}, "tp": 1, "pp": 1, "n_gpus": 8, "model": GPT, "recompute": "full"}
+    half, brain = (price(question_of(run(**v100, precision=dtype))).step_time_s for dtype in ("fp16", "bf16"))
+    assert half < brain / 3
 
 
 def test_the_floor_is_the_spread_of_identical_runs() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoparallel.cost import compute
 from autoparallel.cost.compute import (
     ATTENTION_FILL,
     COLLECTIVE_LAUNCHES,
@@ -141,6 +142,18 @@ def test_kernel_time_by_hand() -> None:
     )
     assert device.optimizer_s(parameters=10**9, bytes_per_parameter=28) == pytest.approx(28 * moved_s + launch_s)
     assert device.optimizer_s(parameters=0, bytes_per_parameter=28) == 0
+
+
+def test_the_depth_of_few_tiles_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a deep product has fewer tiles than the device has units, and not where tiles fill whole waves."""
+    few, many = (Kernel("matmul", "bfloat16", 1e6, 1, rows, 512, 65536) for rows in (512, 108 * 256))
+
+    def times() -> tuple[float, ...]:
+        return tuple(map(Device(load_table("A100-SXM4-80GB")).kernel_s, (few, many)))
+
+    cut, uncut = times(), (monkeypatch.setattr(compute, "DEPTH_PARTS", (1,)), times())[1]
+    assert cut[0] < 0.8 * uncut[0]
+    assert cut[1] == uncut[1]
 
 
 def test_small_kernels_wait_for_the_host() -> None:

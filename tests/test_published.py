@@ -333,7 +333,9 @@ def test_the_network_is_read_from_words(text: str, gbytes_per_s: float | None) -
     [
         ("A100", 40, "A100-SXM4-40GB", 1),
         ("NVIDIA A100 80GB PCIe", 80, "A100-PCIe-80GB", 1),
-        ("H100-SXM5-96GB-HBM2e-500W", 96, "H100-SXM5-80GB", 1),
+        ("H100-SXM5-96GB-HBM2e-500W", 96, "H100-SXM5-96GB", 1),
+        ("A800-80GB", 80, "A800-SXM4-80GB", 1),
+        ("RTX 3090 Ti", 24, "RTX3090", 1),
         ("H200-SXM", 141, "H200", 1),
         ("MI250", 128, "MI250", 2),
         ("MI250X", 64, "MI250X", 1),

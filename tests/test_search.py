@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoparallel.cost.collectives import Topology
 from autoparallel.cost.memory import capacity_bytes
 from autoparallel.cost.practice import Practice
 from autoparallel.cost.workload import Workload
@@ -20,6 +21,7 @@ from autoparallel.search import select
 from autoparallel.search.price import cut_and_price, price, solve
 from autoparallel.search.problem import Problem
 from autoparallel.search.select import search, select_best_graph_from_candidates
+from autoparallel.search.stage_times import Overheads
 from autoparallel.space.candidates import Shape
 from tests.test_cuts import all_cuts, excess_bytes, layouts, relaxed
 from tests.workloads import CPU_CORES, GIB, cpus, gpus, random_workloads, segment, strategies, workload
@@ -207,6 +209,8 @@ def test_the_breakdown_sums_to_the_step(drawn: Workload, data: st.DataObject) ->
     if data.draw(st.booleans()):
         flavor = cpus(drawn.flavor.num_devices, memory_bytes=drawn.flavor.memory_bytes)
         drawn = drawn.model_copy(update={"flavor": flavor})
+    if data.draw(st.booleans()):
+        drawn = drawn.model_copy(update={"practice": Practice(blocking_sends=True)})
     strategy = data.draw(st.sampled_from([s for s in strategies(drawn) if s.total_stages <= drawn.num_blocks]))
     cuts = list(all_cuts(drawn, data.draw(layouts(strategy))))
     assert_consistent(price(drawn, data.draw(st.sampled_from(cuts))))
@@ -243,6 +247,36 @@ def test_pipelines_inside_hosts_send_without_the_network() -> None:
     apart, together = priced(32, **fields), priced(32, **fields, mesh_order=("dp", "pp", "tp"))
     assert together.breakdown_s.pp_comm < apart.breakdown_s.pp_comm
     assert together.breakdown_s.dp_comm > apart.breakdown_s.dp_comm
+
+
+def test_stages_that_wait_for_their_sends_take_that_longer_each_micro_batch() -> None:
+    """By hand, 1f1b on two equal stages: the second is never idle after its first forward."""
+    none, block = segment(forward_s=0.0), segment(forward_s=1e-3)
+    drawn = workload(gpus(2), costs=(none, block, none), num_blocks=2, batch_size=16, parameters=(0,) * 4)
+    strategy = Strategy(num_stages=2, num_micro_batches=16)
+    blocking = drawn.model_copy(update={"practice": Practice(blocking_sends=True)})
+    free, blocked = (cut_and_price(one, strategy) for one in (drawn, blocking))
+    send_s = Topology(drawn.flavor, drawn.table).send_recv_s(block.input_bytes, (0, 1), group_size=2)
+    assert blocked.step_time_s == pytest.approx(17 * (3e-3 + send_s))
+    assert blocked.breakdown_s.pp_comm >= 16 * send_s
+    assert free.step_time_s < blocked.step_time_s
+    assert_consistent(blocked)
+    alone = Strategy(num_micro_batches=16)
+    one = drawn.model_copy(update={"flavor": gpus(1)})
+    assert cut_and_price(one, alone) == cut_and_price(one.model_copy(update={"practice": blocking.practice}), alone)
+
+
+def test_tensor_parallel_ranks_may_send_a_part_each_which_the_receivers_gather() -> None:
+    drawn = workload(gpus(16), num_blocks=4, batch_size=16)
+    strategy = Strategy(num_stages=2, tensor_parallel=8, num_micro_batches=16)
+    parts = drawn.model_copy(update={"practice": Practice(scatters_sends=True)})
+    whole_s, parts_s = (Overheads(one, strategy).send_s(1 << 30, stage=0) for one in (drawn, parts))
+    topology = Topology(drawn.flavor, drawn.table)
+    sent_s = topology.send_recv_s((1 << 30) / 8, (0, 1), group_size=2, stride=8)
+    assert parts_s == pytest.approx(sent_s + topology.all_gather_s(1 << 30, group_size=8))
+    assert parts_s < whole_s / 3
+    divided = strategy.model_copy(update={"sequence_parallel": True})
+    assert Overheads(parts, divided).send_s(1 << 30, stage=0) == whole_s, "every rank holds tokens of its own"
 
 
 def test_processes_of_a_host_share_its_cores_wherever_their_stages_are() -> None:

@@ -105,12 +105,12 @@ class Topology:
         return 2 * (self._moving_s(size_bytes, num_ranks, spread) + self._waiting_s(spread, tree=True))
 
     def send_recv_s(self, size_bytes: float, members: tuple[int, int], /, *, group_size: int, stride: int = 1) -> float:
-        """latency + size / link bandwidth, from one member of each group to another, for the slowest group.
-
-        A single transfer is one copy and reaches the link's bandwidth; efficiencies are those of collectives.
+        """latency + size / bandwidth, from one member of each group to another, for the slowest group. Inside a host a
+        single transfer is one copy and reaches the link's bandwidth; between hosts it reaches what collectives do.
         """
         if self.spread(group_size, stride, members).num_hosts > 1:
-            return self.table.network.latency_s.value + size_bytes / self._network_bytes_per_s
+            network = self.table.network
+            return network.latency_s.value + size_bytes / (network.efficiency.value * self._network_bytes_per_s)
         links = self.table.intra_host
         bandwidth = (links.pairwise_bandwidth_bytes_per_s or links.bandwidth_bytes_per_s).value
         return links.latency_s.value + size_bytes / bandwidth

@@ -18,6 +18,7 @@ from math import ceil
 
 from autoparallel.cost.kernels import Kernel
 from autoparallel.cost.tables import CostTable, Figure
+from autoparallel.ir.graph import DTYPE_BYTES
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
     "float4": ("float4", "float8", "bfloat16", "float16", "float32"),
@@ -33,6 +34,10 @@ its libraries compute bfloat16 in float32). All other dtypes are priced as float
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 """Rows, columns, and the share of the largest tile's rate: a smaller one reads its operands more often. Sizes of the
 tensor core kernels that NVIDIA's guide lists; a library takes the one that ends first."""
+DEPTH_PARTS = (1, 2, 4)
+"""Into so many parts a library may cut the depth of a product, where tiles are few; they are added up in float32
+(split-k, as NVIDIA's guide describes it).
+"""
 ALIGNMENT_BYTES = 16
 """Rows of operands that are no multiple of it are read in pieces."""
 ATTENTION_FILL = 450.0
@@ -144,13 +149,21 @@ class Device:
         rate = peak * curve.at(flops)
         if not self.units:
             return flops / rate
-        areas = [
-            _waves(count * ceil(rows / m) * ceil(columns / n) / self.units) * self.units * m * n / share
-            for m, n, share in TILES
-        ]
         aligned = all(size * 2 % ALIGNMENT_BYTES == 0 for size in (columns, depth))
         share = 1.0 if aligned else UNALIGNED if count == 1 else UNALIGNED_PRODUCTS
-        return 2.0 * min(areas) * (depth + self.fill) / (rate * share)
+        sum_s = self.stream_s(2 * count * rows * columns * DTYPE_BYTES["float32"])
+        return min(
+            2.0 * self._area(count * parts, rows, columns) * (depth / parts + self.fill) / (rate * share)
+            + (parts * sum_s if parts > 1 else 0.0)
+            for parts in DEPTH_PARTS
+        )
+
+    def _area(self, products: int, rows: int, columns: int) -> float:
+        """Elements of output that all units together have the time for, until the last tile is done."""
+        return min(
+            _waves(products * ceil(rows / m) * ceil(columns / n) / self.units) * self.units * m * n / share
+            for m, n, share in TILES
+        )
 
 
 def _waves(tiles_per_unit: float) -> float:

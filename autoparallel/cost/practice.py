@@ -41,6 +41,12 @@ class Practice(Schema):
     """Whether what sequence parallelism gathers ahead of a matmul is kept for its backward; else it is gathered once
     more, beside a matmul (arXiv 2205.05198, section 4.2.2).
     """
+    blocking_sends: bool = False
+    """Whether a pipeline rank computes nothing while it sends, as Megatron-LM and DeepSpeed wait for both sides."""
+    scatters_sends: bool = False
+    """Whether each rank of a tensor-parallel group sends its part of what all of them hold, which the receivers gather
+    (arXiv 2104.04473, section 4.1).
+    """
     tensor_overlap: bool = False
     """Whether those of tensor parallelism run beside the matmuls next to them, piece by piece."""
     optimizer_workspace_bytes: int | None = Field(default=None, ge=0)

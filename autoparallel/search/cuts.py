@@ -76,16 +76,17 @@ def _one_a_rank(cuts: Cuts, within_s: float) -> Cut | TooSlow | TooLarge | Short
     paths = Paths(cuts.stages)
     if within_s < UNLIMITED_S and not cuts.stages.hold_all_blocks:
         return TooLarge()
-    if within_s == UNLIMITED_S and paths.fit_nowhere:
-        return _shortfall(cuts, paths.leanest())
-    found = paths.best(within_s)
-    return TooSlow(within_s) if found is None else found
+    if (found := paths.best(within_s)) is not None:
+        return found
+    return TooSlow(within_s) if within_s < UNLIMITED_S else _shortfall(cuts, paths.leanest())
 
 
 def _several_a_rank(cuts: Cuts, within_s: float) -> Cut | TooSlow | TooLarge | Shortfall:
     """The most even cut; where cuts are few and it does not fit, the leanest of all."""
     search = Interleaved(cuts.stages)
     even = search.even()
+    if not cuts.stages.is_limited:
+        return Cut(even, UNLIMITED_S)
     bound_s = search.bound_s(even)
     if cuts.are_few:
         if not cuts.all_fit(even):

@@ -41,7 +41,7 @@ from autoparallel.search.windows import (
     windows_below,
 )
 
-WIDENING = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
+WIDENING = (1.1, 1.5, 3.0)
 """Times a lower bound: limits to look for cuts within, one after the other, where no limit is given."""
 
 
@@ -108,12 +108,6 @@ class Paths:
     @cached_property
     def _simple_bound_s(self) -> float:
         return least_limit_s(**self._sums)  # type: ignore[arg-type]
-
-    @cached_property
-    def fit_nowhere(self) -> bool:
-        """Whether memory is short in every cut."""
-        legal = legal_windows(self.runs.num_segments, self.num_stages)
-        return self._fitting(legal) is None
 
     def _fitting(self, windows: list[Window]) -> list[Window] | None:
         """The windows without bounds at which memory is short in every cut."""

@@ -16,12 +16,12 @@ from autoparallel.plans.estimate import Breakdown, Estimate, Rejection, StageEst
 from autoparallel.plans.strategy import RECOMPUTATION_LEVELS, StagePlan, Strategy
 from autoparallel.search.cuts import Found, Shortfall, TooLarge, TooSlow, find_cuts
 from autoparallel.search.problem import Local, Problem
+from autoparallel.search.stage_costs import UNLIMITED_BYTES
 from autoparallel.search.stage_times import StageSeconds, stage_seconds
 from autoparallel.search.step import run_step
 from autoparallel.search.windows import UNLIMITED_S
 
 GIB = 2**30
-UNLIMITED_BYTES = 2**62
 
 
 def solve(problem: Problem, strategy: Strategy, within_s: float = UNLIMITED_S, *, polished: bool = False) -> Candidate:
@@ -204,7 +204,7 @@ def _price(workload: Workload, strategy: Strategy) -> Estimate:
         recompute=strategy.num_micro_batches * rank.recompute_s,
         tp_comm=strategy.num_micro_batches * (rank.forward_tensor_s + rank.backward_tensor_s),
         dp_comm=strategy.num_micro_batches * rank.comm_s + rank.start_s + rank.reduce_s,
-        pp_comm=timeline.transfer_s[step.critical] + ties.tie_s[step.critical],
+        pp_comm=timeline.transfer_s[step.critical] + step.blocked_s[step.critical] + ties.tie_s[step.critical],
         bubble=timeline.idle_s[step.critical] - timeline.transfer_s[step.critical] + ties.wait_s[step.critical],
         optimizer=rank.optimizer_s,
         core_sharing=step.core_sharing_s,

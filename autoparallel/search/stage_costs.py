@@ -14,6 +14,8 @@ from autoparallel.search.relax import Relaxation
 from autoparallel.search.runs import Floats, Mask, RunCosts, Runs
 from autoparallel.search.stage_times import Overheads
 
+UNLIMITED_BYTES = 2**62
+
 
 @dataclass
 class StageCosts:
@@ -24,7 +26,7 @@ class StageCosts:
     runs: Runs
     costs: RunCosts
     limit_bytes: int
-    """Memory of a rank."""
+    """Memory of a rank; `UNLIMITED_BYTES` where nobody asks whether it fits."""
     relaxation: Relaxation = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,10 @@ class StageCosts:
         sends_s = [overheads.send_s(least_bytes, stage=stage) for stage in range(self.strategy.num_stages - 1)]
         return np.concatenate([[0.0], np.cumsum(sends_s)])
 
+    @property
+    def is_limited(self) -> bool:
+        return self.limit_bytes < UNLIMITED_BYTES
+
     @cached_property
     def _held(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         s = self.strategy
@@ -62,7 +68,8 @@ class StageCosts:
         would else keep for every micro-batch in flight.
         """
         if stage not in self._fits:
-            self._fits[stage] = self.bytes_at(stage) <= self.limit_bytes
+            all_do = np.ones(len(self.runs.first), dtype=np.bool_)
+            self._fits[stage] = self.bytes_at(stage) <= self.limit_bytes if self.is_limited else all_do
         return self._fits[stage]
 
     @cached_property

@@ -156,10 +156,14 @@ class Overheads:
         size_bytes = self.held(shared.count.trainable) * self.workload.precision.gradient_bytes
         return self.topology.all_reduce_s(size_bytes, holders, **self.stages)
 
-    def send_s(self, size_bytes: int, *, stage: int) -> float:
+    def send_s(self, size_bytes: float, *, stage: int) -> float:
         """From a stage to the next one, which is back on the first pipeline rank after the last; or back."""
         first, second = sorted((stage % self.strategy.num_stages, (stage + 1) % self.strategy.num_stages))
-        return self.topology.send_recv_s(size_bytes, (first, second), **self.stages)
+        if self.strategy.sequence_parallel or not self.workload.practice.scatters_sends:
+            return self.topology.send_recv_s(size_bytes, (first, second), **self.stages)
+        part_bytes = size_bytes / self.strategy.tensor_parallel
+        gather_s = self.topology.all_gather_s(size_bytes, **self.tensor)
+        return self.topology.send_recv_s(part_bytes, (first, second), **self.stages) + gather_s
 
     def optimizer_s(self, trainable: int) -> float:
         """AdamW on what a rank holds: reads gradients, masters and states, writes masters, states and compute copy."""

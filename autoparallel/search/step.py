@@ -35,6 +35,8 @@ class Step:
     ranks: list[StageSeconds]
     """Of all stages of each rank together."""
     timeline: Timeline
+    blocked_s: list[float]
+    """Of each rank's busy time: waiting for its sends."""
     ties: Ties
     critical: int
     core_sharing_s: float
@@ -44,7 +46,7 @@ class Step:
 def run_step(workload: Workload, strategy: Strategy, seconds: Sequence[StageSeconds]) -> Step:
     """Simulate a strategy with stages; `seconds` are theirs."""
     ranks = [reduce(add, seconds[rank :: strategy.num_stages]) for rank in range(strategy.num_stages)]
-    timeline = _timeline(workload, strategy, seconds, start_s=[rank.start_s for rank in ranks])
+    timeline, blocked_s = _timeline(workload, strategy, seconds, start_s=[rank.start_s for rank in ranks])
     ready_s = [finish_s + rank.reduce_s for finish_s, rank in zip(timeline.finish_s, ranks, strict=True)]
     ties = _tie(workload, strategy, ready_s)
     ends_s = [end_s + rank.optimizer_s for end_s, rank in zip(ties.ready_s, ranks, strict=True)]
@@ -56,6 +58,7 @@ def run_step(workload: Workload, strategy: Strategy, seconds: Sequence[StageSeco
     return Step(
         ranks=ranks,
         timeline=timeline,
+        blocked_s=blocked_s,
         ties=ties,
         critical=ends_s.index(max(ends_s)),
         core_sharing_s=core_sharing_s,
@@ -65,26 +68,37 @@ def run_step(workload: Workload, strategy: Strategy, seconds: Sequence[StageSeco
 
 def _timeline(
     workload: Workload, strategy: Strategy, seconds: Sequence[StageSeconds], *, start_s: list[float]
-) -> Timeline:
-    """The pipeline, from the start of the step to the last backward."""
+) -> tuple[Timeline, list[float]]:
+    """The pipeline, from the start of the step to the last backward, and how long each rank is blocked by sends."""
     if strategy.num_stages == 1:
         (stage,) = seconds
         busy_s = strategy.num_micro_batches * (stage.forward_action_s + stage.backward_action_s)
-        return Timeline([start_s], [busy_s], [0.0], [0.0], [stage.start_s + busy_s])
+        return Timeline([start_s], [busy_s], [0.0], [0.0], [stage.start_s + busy_s]), [0.0]
     assert strategy.stages is not None
     entering = [workload.cost(p.first_segment, strategy.batch_per_device).input_bytes for p in strategy.stages[1:]]
     overheads = Overheads(workload, strategy)
-    return simulate(
+    sends_s = [overheads.send_s(size_bytes, stage=stage) for stage, size_bytes in enumerate(entering)]
+    free = [0.0 for _ in seconds]
+    forward_s, backward_s = (
+        ([*sends_s, 0.0], [0.0, *sends_s]) if workload.practice.blocking_sends else (free, free)
+    )  # a stage sends forwards to the next one, backwards to the one before
+    timeline = simulate(
         timetable_of(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages),
         cost_s={
-            "F": [stage.forward_action_s for stage in seconds],
-            "B": [stage.backward_action_s for stage in seconds],
-            "I": [stage.input_gradient_action_s for stage in seconds],
+            "F": [stage.forward_action_s + send_s for stage, send_s in zip(seconds, forward_s, strict=True)],
+            "B": [stage.backward_action_s + send_s for stage, send_s in zip(seconds, backward_s, strict=True)],
+            "I": [stage.input_gradient_action_s + send_s for stage, send_s in zip(seconds, backward_s, strict=True)],
             "W": [stage.weight_gradient_action_s for stage in seconds],
         },
-        send_s=[overheads.send_s(size_bytes, stage=stage) for stage, size_bytes in enumerate(entering)],
+        send_s=[0.0 for _ in sends_s] if workload.practice.blocking_sends else sends_s,
         start_s=start_s,
     )
+    blocked_s = [
+        strategy.num_micro_batches
+        * sum(forward_s[rank :: strategy.num_stages] + backward_s[rank :: strategy.num_stages])
+        for rank in range(strategy.num_stages)
+    ]
+    return timeline, blocked_s
 
 
 def _tie(workload: Workload, strategy: Strategy, ready_s: list[float]) -> Ties:

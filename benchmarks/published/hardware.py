@@ -17,7 +17,9 @@ from benchmarks.published.rows import Run, Unexpressed, stated
 GIB = 2**30
 INFINIBAND_GBIT = {"sdr": 10, "qdr": 40, "fdr": 56, "edr": 100, "hdr": 200, "ndr": 400, "xdr": 800}
 """Gb/s of a port of four lanes, by generation (InfiniBand Trade Association's roadmap)."""
-VARIANTS = {"a800": "a100", "h800": "h100", "gh200": "h100"}
+VARIANTS = {
+    "gh200": "h200", "mi350x": "mi355x", "rtx3090ti": "rtx3090", "rtx4090d": "rtx4090",
+}  # fmt: skip
 """Nearly the same chip (fewer NVLinks, another host), where there is no table of its own."""
 NETWORKS = "slingshot|infiniband|roce|ethernet|efa|omni.?path|network|between nodes|per node"
 INSIDE = "nvlink|nvswitch|xgmi|infinity|pcie"

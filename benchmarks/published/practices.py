@@ -6,6 +6,7 @@ The first entry with a word in the row's framework holds, the last holds for eve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from autoparallel.cost.practice import Attention
 
@@ -37,6 +38,10 @@ class Practice:
     """Megatron-LM's gradient_accumulation_fusion, its default since 2022."""
     tensor_overlap: bool = False
     """Collectives of tensor parallelism run beside the matmuls next to them."""
+    blocking_sends: Literal["never", "one", "always"] = "never"
+    """Whether stages wait for what they send: where a rank has one stage, or several too."""
+    scatters_sends: bool = False
+    """Tensor-parallel ranks send a part each."""
     dispatch_s: float | None = None
     """Host time for each kernel, where it is known to be another than PyTorch's."""
     distribute_param: int = 0
@@ -51,6 +56,8 @@ class Practice:
     optimizer_workspace_bytes: int | None = 0
     """Of each element, while it steps; merged optimizers need none, None is PyTorch's."""
     dropout: float = 0.0
+    selective_share: float | None = None
+    """Of the matmuls, those that its selective recomputation runs again; priced as so many blocks in full."""
     interleaves: bool = False
     """Pipelines have virtual stages."""
     fills_stages: bool = False
@@ -78,6 +85,40 @@ PRACTICES: tuple[Practice, ...] = (
         dropout=0.1,
         accumulates_in_matmul=True,
         keeps_gathered=False,
+        scatters_sends=True,
+        blocking_sends="always",
+    ),
+    Practice(
+        ("lit-gpt", "litgpt", "tinyllama"),
+        "TinyLlama's README: FSDP, FlashAttention-2, merged normalisation, SwiGLU, cross entropy and rotary embedding",
+        distribute_param=3,
+    ),
+    Practice(
+        ("torchtune",),
+        "torchtune's full_finetune recipes: parameters, gradients and AdamW's moments in bf16, flash SDPA, eager",
+        merged_loss=False,
+        fused=False,
+        gradient_dtype="bfloat16",
+        master_dtype="bfloat16",
+    ),
+    Practice(
+        ("llm.c", "llmq", "llm.q"),
+        "karpathy/llm.c and IST-DASLab/llmq: kernels merged by hand, cuDNN's attention, a classifier that writes its "
+        "gradients over the logits, matmuls that add to the gradients, few or no launches from a host, ZeRO-1",
+        attention="vendor",
+        flash="vendor",
+        distribute_param=1,
+        gradient_dtype="bfloat16",
+        accumulates_in_matmul=True,
+        dispatch_s=2e-6,
+    ),
+    Practice(
+        ("hugging", "transformers", "accelerate", "axolotl", "llama-factory"),
+        "DeepSpeed ZeRO with its `overlap_comm` as Hugging Face's guides set it; eager kernels",
+        optimizer_workspace_bytes=None,
+        merged_loss=False,
+        fused=False,
+        distribute_param=2,
     ),
     Practice(
         ("deepspeed",),
@@ -92,6 +133,8 @@ PRACTICES: tuple[Practice, ...] = (
         attention="unfused",
         dropout=0.1,
         fills_stages=True,
+        scatters_sends=True,
+        blocking_sends="always",
     ),
     Practice(
         ("aa-scaling", "aleph"),
@@ -105,6 +148,7 @@ PRACTICES: tuple[Practice, ...] = (
         fused=False,
         distribute_param=1,
         gradient_dtype="bfloat16",
+        blocking_sends="always",
     ),
     Practice(
         ("nemo megatron",),
@@ -117,6 +161,8 @@ PRACTICES: tuple[Practice, ...] = (
         dropout=0.1,
         accumulates_in_matmul=True,
         keeps_gathered=False,
+        scatters_sends=True,
+        blocking_sends="one",
     ),
     Practice(
         ("bridge", "nemo", "megatron-core", "mcore", "primus", "transformer engine"),
@@ -132,6 +178,7 @@ PRACTICES: tuple[Practice, ...] = (
         gradient_dtype="bfloat16",
         accumulates_in_matmul=True,
         keeps_gathered=False,
+        blocking_sends="one",
     ),
     Practice(
         ("megatron",),
@@ -143,6 +190,8 @@ PRACTICES: tuple[Practice, ...] = (
         attention="unfused",
         dropout=0.1,
         keeps_gathered=False,
+        scatters_sends=True,
+        blocking_sends="always",
     ),
     Practice(
         ("llm-foundry", "composer", "mosaic"),
@@ -167,10 +216,13 @@ PRACTICES: tuple[Practice, ...] = (
         gathers_ahead=False,
         gathers_each_parameter=True,
         distribute_param=1,
+        blocking_sends="always",
     ),
     Practice(
         ("torchtitan",),
-        "torchtitan's docs and arXiv 2410.06511: FSDP2, bf16 parameters, fp32 reduction, flash SDPA",
+        "torchtitan's docs and arXiv 2410.06511: FSDP2, bf16 parameters, fp32 reduction, flash SDPA; selective "
+        "checkpointing keeps every second matmul (torchtitan/models/llama3/infra/parallelize.py)",
+        selective_share=0.5,
         fused=False,
         distribute_param=3,
         sequence_parallel=True,
@@ -181,11 +233,6 @@ PRACTICES: tuple[Practice, ...] = (
         "XLA merges element-wise kernels and overlaps collectives by its latency-hiding scheduler",
         distribute_param=3,
         gradient_dtype="float32",
-    ),
-    Practice(
-        ("lit-gpt", "litgpt", "tinyllama"),
-        "TinyLlama's README: FSDP, FlashAttention-2, merged normalisation, SwiGLU, cross entropy and rotary embedding",
-        distribute_param=3,
     ),
     Practice(
         ("gemini", "colossal"),
@@ -202,14 +249,6 @@ PRACTICES: tuple[Practice, ...] = (
         merged_loss=False,
         fused=False,
         distribute_param=3,
-    ),
-    Practice(
-        ("zero", "accelerate", "transformers", "axolotl", "llama-factory", "hugging"),
-        "DeepSpeed ZeRO with its `overlap_comm` as Hugging Face's guides set it; eager kernels",
-        optimizer_workspace_bytes=None,
-        merged_loss=False,
-        fused=False,
-        distribute_param=2,
     ),
     Practice(
         ("",),

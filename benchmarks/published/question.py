@@ -47,6 +47,8 @@ class Options:
     gathers_each_parameter: bool
     shards_most: bool
     keeps_gathered: bool
+    blocking_sends: bool
+    scatters_sends: bool
     tensor_overlap: bool
     accumulates_in_matmul: bool
     dispatch_s: float | None
@@ -79,7 +81,7 @@ def question_of(run: Run) -> Question:
     flavor, of_flavor = flavor_of(run)
     assumptions += of_flavor
     layout = layout_of(run, flavor, interleaves=practice.interleaves, assumptions=assumptions)
-    options = _options(run, practice, assumptions)
+    options = _options(run, practice, layout, assumptions)
     level = _sharded(run, structure, flavor, layout, options, assumptions)
     fields = {
         "num_stages": layout.pipeline,
@@ -171,7 +173,7 @@ def _schedule(run: Run, layout: Layout) -> str:
 def _recomputed_stages(
     run: Run, structure: Structure, layout: Layout, practice: Practice, assumptions: list[str]
 ) -> dict[str, object]:
-    level, share = _recomputation(run, assumptions)
+    level, share = _recomputation(run, practice, assumptions)
     counts = layers_by_stage(
         structure.layers,
         layout.pipeline * layout.virtual,
@@ -182,7 +184,7 @@ def _recomputed_stages(
     return fields | ({"least_recomputation": "none"} if 0 < share < 1 else {})
 
 
-def _recomputation(run: Run, assumptions: list[str]) -> tuple[Recomputation, float]:
+def _recomputation(run: Run, practice: Practice, assumptions: list[str]) -> tuple[Recomputation, float]:
     """The level, and the share of blocks that have it.
 
     A row that states both utilisations states how much of the forward ran twice: their ratio is 1 + share / 3. That
@@ -204,6 +206,9 @@ def _recomputation(run: Run, assumptions: list[str]) -> tuple[Recomputation, flo
     if name in ("none", "false", "no", "off"):
         return "none", 0.0
     if any(word in name for word in ("selective", "minimal", "attention", "attn")):
+        if practice.selective_share is not None:
+            assumptions.append(f"selective recomputation is priced as that of {practice.selective_share} of the blocks")
+            return "full", practice.selective_share
         return "selective", 1.0
     return "full", 1.0
 
@@ -217,32 +222,36 @@ def _shard_group_size(run: Run, layout: Layout) -> int | None:
     return size if 0 < size < layout.data and layout.data % size == 0 else None
 
 
-def _options(run: Run, practice: Practice, assumptions: list[str]) -> Options:
+def _options(run: Run, practice: Practice, layout: Layout, assumptions: list[str]) -> Options:
     kernel = run.attention_kernel.casefold()
     if not kernel:
         assumptions.append(f"attention_kernel is not stated: {practice.attention}")
     unfused = any(word in kernel for word in ("unfused", "no flash", "eager", "math", "naive"))
     merged = re.search(r"\b(merged|fused)\b", run.said) is not None
     of_norms = re.search(r"norm\w*( is| are)? (merged|fused)|(merged|fused) \w*norm", run.said)
+    of_loss = re.search(r"(merged|fused)[^.;]*cross.?entropy|liger", run.said)
     dtype = _dtype(run.precision, assumptions)
     return Options(
         dtype=dtype,
         attention=practice.attention if not kernel else ("unfused" if unfused else _flash(kernel, practice)),
         fused=practice.fused or (merged and not of_norms) if run.compile is None else run.compile,
         merged_norms=practice.merged_norms or of_norms is not None,
-        merged_loss=practice.merged_loss or bool(run.compile),
+        merged_loss=practice.merged_loss or bool(run.compile) or of_loss is not None,
         overlap=_distribute_param(run) >= practice.overlaps_from,
         gathers_ahead=practice.gathers_ahead,
         gathers_each_parameter=practice.gathers_each_parameter,
         shards_most=True,  # nobody publishes a layout that leaves a matrix whole
         keeps_gathered=practice.keeps_gathered,
+        blocking_sends=practice.blocking_sends == "always"
+        or (practice.blocking_sends == "one" and layout.virtual == 1),
+        scatters_sends=practice.scatters_sends,
         tensor_overlap=practice.tensor_overlap,
         accumulates_in_matmul=practice.accumulates_in_matmul,
         dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
         optimizer_workspace_bytes=practice.optimizer_workspace_bytes,
         gradient_dtype=_gradient_dtype(run, practice, dtype),
-        master_dtype=practice.master_dtype,
+        master_dtype=_master_dtype(run, practice),
     )
 
 
@@ -264,6 +273,13 @@ def _gradient_dtype(run: Run, practice: Practice, dtype: str) -> str | None:
     if practice.sums_half and dtype == "float16":
         return dtype
     return practice.gradient_dtype
+
+
+def _master_dtype(run: Run, practice: Practice) -> str:
+    """Halves where the row says that its optimizer keeps nothing wider."""
+    if re.search(r"(moments|states)[^.;]* in bf16|no fp32 copy|optimizer states too|bf16-true", run.said):
+        return "bfloat16"
+    return practice.master_dtype
 
 
 def _dtype(precision: str, assumptions: list[str]) -> str:

@@ -25,7 +25,7 @@ def price(question: Question, table: CostTable | None = None) -> Estimate:
 
 def _price(question: Question, strategy: Strategy, table: CostTable | None) -> Estimate:
     return autoparallel.estimate(
-        graph_of(question.structure),
+        graph_of(question.structure, "float16" if question.options.dtype == "float16" else "bfloat16"),
         question.flavor,
         strategy,
         batch_size=question.batch_size,
@@ -36,10 +36,10 @@ def _price(question: Question, strategy: Strategy, table: CostTable | None) -> E
 
 
 @cache
-def graph_of(structure: Structure) -> Graph:
+def graph_of(structure: Structure, dtype: str) -> Graph:
     """Captured once a structure: that takes seconds, an estimate milliseconds."""
     import torch
 
     from autoparallel.capture.program import capture_for_planning
 
-    return capture_for_planning(structure.config(), dtype=torch.bfloat16).graph
+    return capture_for_planning(structure.config(), dtype=getattr(torch, dtype)).graph

@@ -52,6 +52,9 @@ class Report:
     reasons: dict[str, int]
     sources: list[Line]
     gpus: list[Line]
+    more: list[Line]
+    """Sources found since: fitted, but not among the rows that the bars are about."""
+    over_more: dict[str, Average | None]
     apart: list[Line]
     """Sources that no fit has seen, and the baseline by the rates of the others."""
     apart_choice: Choice | None
@@ -66,6 +69,7 @@ class Report:
     """By the least number of layouts in a family."""
     amounts: list[memory.Amount]
     ran: memory.Verdicts
+    ran_since: memory.Verdicts
     failed: memory.Verdicts
     boundary: tuple[int, int]
     ratios: list[Ratio]
@@ -117,43 +121,45 @@ def _counted(name: str, limit: int, found: int, among: int) -> Bar:
 
 
 def _enough(name: str, limit: int, right: int, among: int) -> Bar:
-    return Bar(name, f"at least {limit}, all of them", f"{right} of {among}", among >= limit and right == among)
+    return Bar(name, f"at least {limit}", f"{right} of {among}", right >= limit)
 
 
 def report_of(
     answers: Sequence[Answer],
     unread: Sequence[Unread] = (),
     *,
+    more: Sequence[Answer] = (),
     apart: Sequence[Answer] = (),
     limits: Sequence[Answer] = (),
     ratios: Sequence[Ratio] = (),
     unscored: int = 0,
 ) -> Report:
-    """`apart` are answers to rows that are never fitted, `limits` to rows that ran out of memory."""
-    rows, unseen, every = timed(answers), timed(apart), [*answers, *apart, *limits]
-    baseline = Baseline(rows)
+    """`more` are answers to rows found since, `apart` to rows that are never fitted, `limits` to rows that ran out of
+    memory.
+    """
+    rows, since, unseen = timed(answers), timed(more), timed(apart)
+    every = [*answers, *apart, *limits]
+    baseline = Baseline([*rows, *since])
     sources = _lines(grouped(rows, lambda row: row.run.source.name), baseline)
+    later = _lines(grouped(since, lambda row: row.run.source.name), baseline)
     found = families(rows)
     same = repeated(rows)
     reasons = Counter(answer.reason for answer in answers if answer.reason)
     reasons.update(one.reason for one in unread)
-    inside = [line.inside for line in sources if line.inside is not None]
-    devices = sorted({answer.question.flavor.device for answer in answers if answer.question is not None})
+    inside = [line.inside for line in (*sources, *later) if line.inside is not None]
+    devices = sorted({answer.question.flavor.device for answer in (*answers, *more) if answer.question})
     return Report(
         rows=len(answers) + len(unread),
         unscored=unscored,
         expressed=sum(answer.estimate is not None for answer in answers),
         reasons=dict(reasons.most_common()),
         sources=sources,
-        gpus=_lines(grouped(rows, lambda row: row.run.gpu.name), baseline),
+        gpus=_lines(grouped([*rows, *since], lambda row: row.question.flavor.device), baseline),
+        more=later,
+        over_more=_over(later),
         apart=_lines(grouped(unseen, lambda row: row.run.source.name), baseline) if rows else [],
         apart_choice=choice(families(unseen), at_least=2),
-        over_sources={
-            "ours": average(line.ours for line in sources),
-            "baseline": average(line.baseline for line in sources),
-            "held_out": average(line.held_out for line in sources if line.held_out is not None),
-            "baseline_held_out": average(line.baseline_held_out for line in sources if line.baseline_held_out),
-        },
+        over_sources=_over(sources),
         inside=sum(inside) / len(inside) if inside else None,
         floor=sum(map(spread, same)) / len(same) if same else None,
         repeated=len(same),
@@ -161,12 +167,22 @@ def report_of(
         choices={size: choice(found, at_least=size) for size in (2, 3)},
         amounts=memory.amounts(answers),
         ran=memory.ran(every),
+        ran_since=memory.ran(more),
         failed=memory.failed(every),
         boundary=memory.boundary(every),
         ratios=list(ratios),
         fitted={device: _fitted(load_table(device).model_dump()) for device in devices},
         answers=list(answers),
     )
+
+
+def _over(lines: Sequence[Line]) -> dict[str, Average | None]:
+    return {
+        "ours": average(line.ours for line in lines),
+        "baseline": average(line.baseline for line in lines),
+        "held_out": average(line.held_out for line in lines if line.held_out is not None),
+        "baseline_held_out": average(line.baseline_held_out for line in lines if line.baseline_held_out),
+    }
 
 
 def _lines(groups: dict[str, list[Timed]], baseline: Baseline) -> list[Line]:
@@ -207,6 +223,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "over_sources": {name: _plain(found) for name, found in report.over_sources.items()},
         "sources": [asdict(line) for line in report.sources],
         "gpus": [asdict(line) for line in report.gpus],
+        "found_since": [asdict(line) for line in report.more],
+        "over_found_since": {name: _plain(found) for name, found in report.over_more.items()},
         "never_fitted": [asdict(line) for line in report.apart],
         "never_fitted_plan_choice": _plain(report.apart_choice),
         "inside_interval": report.inside,
@@ -219,6 +237,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "score": _plain(report.memory),
             "amounts": [asdict(amount) | {"error": amount.error} for amount in report.amounts],
             "ran": asdict(report.ran),
+            "ran_found_since": asdict(report.ran_since),
             "out_of_memory": asdict(report.failed),
             "boundary_pairs": {"pairs": report.boundary[0], "right": report.boundary[1]},
         },

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.scores.errors import Score, grouped, mean_of, score
+from benchmarks.scores.errors import Average, Score, grouped, mean_of, score
 from benchmarks.scores.layouts import Choice
 from benchmarks.scores.report import Line, Report
 
@@ -40,15 +40,24 @@ def _step_time(report: Report, console: Console) -> None:
     columns = ("rows", "mean", "median", "bias", "baseline", "held out", "baseline h.o.", "in 80 %")
     for title, first, lines in (
         ("Step time by source: absolute error, relative", "source", report.sources),
+        (
+            "The same of sources found since: fitted too, of lower quality, not what the bars are about",
+            "source",
+            report.more,
+        ),
         ("Step time by GPU", "GPU", report.gpus),
     ):
+        if not lines:
+            continue
         table = _table(title, first, *columns)
         for line in lines:
             table.add_row(line.name, *_cells(line))
         if first == "source":
             table.add_section()
-            table.add_row("mean over sources", *_average_cells(report))
-            for line in report.apart:
+            main = lines is report.sources
+            over = report.over_sources if main else report.over_more
+            table.add_row("mean over sources", *_average_cells(lines, over))
+            for line in report.apart if main else ():
                 table.add_row(f"never fitted: {line.name}", *_cells(line))
         console.print(table, "")
     console.print(
@@ -76,18 +85,18 @@ def _score_cells(found: Score) -> list[str]:
     return [str(found.rows), _percent(found.mean), _percent(found.median), _percent(found.bias, signed=True)]
 
 
-def _average_cells(report: Report) -> list[str]:
-    means = {name: _percent(mean_of(found)) for name, found in report.over_sources.items()}
-    ours = report.over_sources["ours"]
+def _average_cells(lines: Sequence[Line], over: Mapping[str, Average | None]) -> list[str]:
+    means, ours = {name: _percent(mean_of(found)) for name, found in over.items()}, over["ours"]
+    inside = [line.inside for line in lines if line.inside is not None]
     return [
-        str(sum(line.ours.rows for line in report.sources)),
+        str(sum(line.ours.rows for line in lines)),
         means["ours"],
         _percent(None if ours is None else ours.median),
         _percent(None if ours is None else ours.bias, signed=True),
         means["baseline"],
         means["held_out"],
         means["baseline_held_out"],
-        _percent(report.inside),
+        _percent(sum(inside) / len(inside) if inside else None),
     ]
 
 
@@ -142,6 +151,9 @@ def _memory(report: Report, console: Console) -> None:
     console.print(
         f"of {report.ran.runs} runs that ran, {len(report.ran.wrong)} are called impossible{_some(report.ran.wrong)}"
     )
+    if report.ran_since.runs:
+        since = report.ran_since
+        console.print(f"of {since.runs} found since, {len(since.wrong)} are{_some(since.wrong)}")
     console.print(
         f"of {report.failed.runs} that ran out of memory, {len(report.failed.wrong)} are called possible"
         f"{_some(report.failed.wrong)}"
