@@ -248,7 +248,18 @@ def estimate(
             remedy="devices = num_stages × tensor_parallel × context_parallel × data_parallel; "
             "rows = data_parallel × batch_per_device × num_micro_batches",
         )
+    table = table or load_table(resolved.device)
     matmul_dtype = dtype if dtype in ("float8", "float4") else None
+    if matmul_dtype is not None and matmul_dtype not in table.peak_flops_per_s:
+        raise ConfigError(
+            f"{table.name} does not multiply in {matmul_dtype}",
+            why="its cost table has no peak for it, only for " + ", ".join(table.peak_flops_per_s),
+            remedy='price it with dtype="bfloat16" or "float16"',
+        )
+    if optimizer not in ("adamw", "sgd"):
+        raise ConfigError(
+            f"no price for the optimizer {optimizer!r}", why="states are counted by it", remedy='use "adamw" or "sgd"'
+        )
     of_compute = "bfloat16" if matmul_dtype else dtype
     if isinstance(model, Graph):
         graph, precision = model, Precision.of(_graph_dtype(model), "float32")
@@ -259,7 +270,7 @@ def estimate(
     workload = _workload(
         graph,
         resolved,
-        table or load_table(resolved.device),
+        table,
         batch_size=batch_size,
         seq_len=seq_len,
         precision=precision,

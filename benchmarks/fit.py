@@ -4,9 +4,9 @@ tables.
 In: the carried-over rows, and priors (what isolated kernels and collectives reach). Out: the figures of kind `fitted`
 in `cost_models/`, and what each would be without any one source, in `published/held_out.json`.
 
-Least squares of log(predicted / measured), in which every source weighs the same, with a Huber loss (rows of one
-configuration scatter by up to a third) and a normal prior on the logarithm of each value; by Gauss-Newton steps. A fit
-without a source is one more step from the optimum.
+Least squares of log(predicted / measured), in which a source weighs as four rows at most, with a Huber loss (rows of
+one configuration scatter by up to a third) and a normal prior on the logarithm of each value; by Gauss-Newton steps. A
+fit without a source is one more step from the optimum.
 
     make fit
 """
@@ -48,6 +48,8 @@ FILL_DEPTH = 64.0
 STEP = 0.03
 """Of a logarithm, for derivatives."""
 ROUNDS = 4
+TOLD = 0.95
+"""Of a value's prior spread: where rows leave it more, they say nothing of the value, and it stays assumed."""
 ENOUGH_SOURCES = 4
 """For a spread of a chip's own; with fewer, it is that of all chips together."""
 
@@ -169,7 +171,7 @@ class Rows:
         """By path in the table; a matmul's efficiency is a curve of one point."""
         found: dict[str, Any] = {}
         for value, log in zip(self.values, x, strict=True):
-            number = float(f"{min(max(math.exp(log), value.least), value.most):.3g}")
+            number = float(f"{min(max(math.exp(log), value.least), value.most):.4g}")
             is_curve = value.path.startswith("matmul_efficiency.")
             found[value.path + (".points" if is_curve else "")] = [[1e6, number]] if is_curve else number
         return found
@@ -190,7 +192,7 @@ class Rows:
         return clipped
 
     def weights(self, *, without: str = "") -> Array:
-        """Every source weighs the same, and four rows at most."""
+        """A source weighs as its rows, and as four at most."""
         counts = Counter(self.sources)
         return np.array([0.0 if s == without else min(4, counts[s]) / counts[s] for s in self.sources])
 
@@ -223,8 +225,8 @@ def gather(*paths: Path) -> list[Rows]:
     return sorted(found.values(), key=lambda rows: -len(rows.questions))
 
 
-def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
-    """The optimum, and for each source the optimum without it."""
+def fit(rows: Rows) -> tuple[Array, dict[str, Array], list[bool]]:
+    """The optimum, for each source the optimum without it, and which values the rows do tell."""
     x, weights = rows.prior, rows.weights()
     for number in range(ROUNDS):
         residuals = rows.residuals(x)
@@ -234,7 +236,10 @@ def fit(rows: Rows) -> tuple[Array, dict[str, Array]]:
         x = rows.step(x, residuals, jacobian, weights)
     residuals = rows.residuals(x)
     without = {s: rows.step(x, residuals, jacobian, rows.weights(without=s)) for s in sorted(set(rows.sources))}
-    return x, without
+    w = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residuals), 1e-12)) / rows.noise**2
+    prior = np.array([value.spread for value in rows.values])
+    after = np.sqrt(np.diag(np.linalg.inv(jacobian.T @ (w[:, None] * jacobian) + np.diag(prior**-2.0))))
+    return x, without, (after < TOLD * prior).tolist()
 
 
 def left_out(rows: Rows, without: dict[str, Array]) -> list[tuple[float, float]]:
@@ -262,23 +267,30 @@ def spread_of(found: Sequence[tuple[float, float]]) -> float:
     return math.expm1(float(ordered[index][0]))
 
 
-def write_table(device: str, rows: Rows, x: Array, *, spread: float) -> None:
+def write_table(device: str, rows: Rows, x: Array, told_of: Sequence[bool], *, spread: float) -> None:
     """Put the values into the device's file, a figure a line."""
     path = TABLES / f"{device}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     names = sorted(set(rows.sources))
     source = f"fit of {len(rows.sources)} published runs, {len(names)} sources (benchmarks/fit.py)"
-    for value, (figure, number) in zip(rows.values, rows.figures(x).items(), strict=True):
+    for value, is_told, (figure, number) in zip(rows.values, told_of, rows.figures(x).items(), strict=True):
         *parents, last = figure.removesuffix(".points").split(".")
         place = content
         for part in parents:
             place = place[part]
         told = {"kind": "fitted", "source": f"{value.meaning}: {source}"}
+        if not is_told:
+            told = {
+                "kind": "assumed",
+                "source": f"{value.meaning}: what other chips reach; no run tells it of this one",
+            }
         if figure.endswith(".points"):
             place[last] = {"points": number, **told}
         else:
             place[last] = {"value": number, "unit": _unit(place, last), **told}
     told = {"kind": "fitted", "source": f"of these runs, each by the {source}, its own source left out"}
+    if len(names) < ENOUGH_SOURCES:
+        told = {"kind": "assumed", "source": "that of the runs of all chips, each by the fit without its own source"}
     content["step_time_spread"] = {"value": round(spread, 3), "unit": "fraction", **told}
     path.write_text(lines(content) + "\n", encoding="utf-8")
 
@@ -307,14 +319,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held_out: dict[str, dict[str, dict[str, Any]]] = {}
     gathered = gather(*options.runs)
     fits = [fit(rows) for rows in gathered]
-    residuals = [left_out(rows, without) for rows, (_, without) in zip(gathered, fits, strict=True)]
+    residuals = [left_out(rows, without) for rows, (_, without, _) in zip(gathered, fits, strict=True)]
     of_all = spread_of([one for found in residuals for one in found])
-    for rows, (best, without), found in zip(gathered, fits, residuals, strict=True):
+    for rows, (best, without, told_of), found in zip(gathered, fits, residuals, strict=True):
         spread = spread_of(found) if len(without) >= ENOUGH_SOURCES else of_all
         print(rows.devices, rows.figures(best), f"spread {spread:.3f}")
         for device in rows.devices:
             if not options.dry:
-                write_table(device, rows, best, spread=spread)
+                write_table(device, rows, best, told_of, spread=spread)
             for source, x in without.items():
                 held_out.setdefault(source, {})[device] = rows.figures(x)
     if not options.dry:

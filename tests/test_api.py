@@ -172,6 +172,16 @@ def test_a_strategy_for_other_devices_or_rows() -> None:
         ap.estimate(FAMILIES["llama"](), "cpu:2", ap.Strategy(), batch_size=4, seq_len=16)
 
 
+def test_units_and_optimizers_that_have_no_price() -> None:
+    asked: dict[str, Any] = {"batch_size": 4, "seq_len": 16}
+    strategy = ap.Strategy(num_micro_batches=4)
+    with pytest.raises(ConfigError) as caught:
+        ap.estimate(FAMILIES["llama"](), "V100-SXM2-32GB", strategy, **asked, dtype="float8")
+    check_message(caught.value, "V100-SXM2-32GB", "float8", "float16")
+    with pytest.raises(ConfigError, match="adam'"):
+        ap.estimate(FAMILIES["llama"](), "H200", strategy, **asked, optimizer="adam")  # type: ignore[arg-type]
+
+
 def test_an_unknown_option_of_the_one_line() -> None:
     with pytest.raises(ConfigError, match="num_stages"):
         ap.enable_advanced_parallelization("cpu:1", num_stage=2)

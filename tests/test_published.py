@@ -289,6 +289,35 @@ def test_words_of_a_row_count() -> None:
     assert question(attention_kernel="unfused (no flash)").options.attention == "unfused"
 
 
+@pytest.mark.parametrize(
+    ("notes", "merged", "norms"),
+    [
+        ("fp16 level O2, fused RMS norm", False, True),
+        ("flash attention, no fused RMS norm", False, False),
+        ("Apex fused Adam", False, False),
+        ("merged kernels: RMS norm, cross entropy (fused)", True, False),
+    ],
+)
+def test_what_is_merged_is_read_from_words(notes: str, merged: bool, norms: bool) -> None:
+    options = question(framework="PyTorch FSDP", notes=notes).options
+    assert (options.fused, options.merged_norms) == (merged, norms)
+    assert options.merged_loss == ("cross entropy" in notes)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "attention"),
+    [("flash-attn 3", "vendor"), ("FlashAttention-4", "vendor"), ("flash 2", "flash"), ("flash", "flash-1")],
+)
+def test_attention_kernels_by_any_name(kernel: str, attention: str) -> None:
+    assert question(framework="llm-foundry", attention_kernel=kernel).options.attention == attention
+
+
+def test_states_in_bf16_have_no_wider_masters() -> None:
+    row: dict[str, Any] = {"framework": "LLaMA-Factory", "tp": 1, "pp": 1}
+    assert question(**row, notes="PURE bf16 (weights and AdamW moments)").options.master_dtype == "bfloat16"
+    assert question(**row, notes="PURE").options.master_dtype == "float32"
+
+
 def test_a_run_whose_parameters_exceed_the_memory_has_sharded_them() -> None:
     large = {**LLAMA, "layers": 80, "hidden": 8192, "heads": 64, "ffn_hidden": 28672}
     assert question(model=large, tp=1, pp=1).strategy.distribute_param == 3

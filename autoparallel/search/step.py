@@ -54,7 +54,8 @@ def run_step(workload: Workload, strategy: Strategy, seconds: Sequence[StageSeco
         rank_busy_s + rank.start_s + rank.reduce_s + tie_s + rank.optimizer_s
         for rank_busy_s, rank, tie_s in zip(timeline.busy_s, ranks, ties.tie_s, strict=True)
     ]
-    core_sharing_s = max(0.0, _core_bound_s(workload, strategy, busy_s) - max(ends_s))
+    working_s = [busy - blocked for busy, blocked in zip(busy_s, blocked_s, strict=True)]
+    core_sharing_s = max(0.0, _core_bound_s(workload, strategy, working_s) - max(ends_s))
     return Step(
         ranks=ranks,
         timeline=timeline,

@@ -121,7 +121,7 @@ PRACTICES: tuple[Practice, ...] = (
         distribute_param=2,
     ),
     Practice(
-        ("deepspeed",),
+        ("megatron-deepspeed", "neox", "turing"),
         "Smith et al., arXiv 2201.11990; DeepSpeed's configuration: communication dtype is that of compute; the rates "
         "of its ZeRO-3 in table 2 of arXiv 2104.04473 (144, 88, 44 TFLOP/s on 384, 768, 1,536 GPUs) are those of "
         "gathers that hide behind nothing; Megatron-LM's merged kernels of bias, GeLU, dropout and softmax; a host "
@@ -135,6 +135,16 @@ PRACTICES: tuple[Practice, ...] = (
         fills_stages=True,
         scatters_sends=True,
         blocking_sends="always",
+    ),
+    Practice(
+        ("deepspeed", "zero"),
+        "DeepSpeed's configuration: communication dtype is that of compute; gathers as above; PyTorch's own kernels",
+        overlaps_from=NEVER,
+        gathers_each_parameter=True,
+        sums_half=True,
+        fused=False,
+        merged_loss=False,
+        distribute_param=3,
     ),
     Practice(
         ("aa-scaling", "aleph"),
@@ -163,6 +173,22 @@ PRACTICES: tuple[Practice, ...] = (
         keeps_gathered=False,
         scatters_sends=True,
         blocking_sends="one",
+    ),
+    Practice(
+        ("maxtext", "jax", "levanter", "pax", "t5x"),
+        "XLA merges element-wise kernels and overlaps collectives by its latency-hiding scheduler",
+        distribute_param=3,
+        gradient_dtype="float32",
+    ),
+    Practice(
+        ("automodel",),
+        "NVIDIA-NeMo/Automodel's performance summary: FSDP2 with prefetch, Transformer Engine's layers",
+        attention="vendor",
+        flash="vendor",
+        fused=False,
+        merged_norms=True,
+        distribute_param=3,
+        gradient_dtype="float32",
     ),
     Practice(
         ("bridge", "nemo", "megatron-core", "mcore", "primus", "transformer engine"),
@@ -226,12 +252,6 @@ PRACTICES: tuple[Practice, ...] = (
         fused=False,
         distribute_param=3,
         sequence_parallel=True,
-        gradient_dtype="float32",
-    ),
-    Practice(
-        ("maxtext", "jax", "levanter", "pax", "t5x"),
-        "XLA merges element-wise kernels and overlaps collectives by its latency-hiding scheduler",
-        distribute_param=3,
         gradient_dtype="float32",
     ),
     Practice(

@@ -227,8 +227,9 @@ def _options(run: Run, practice: Practice, layout: Layout, assumptions: list[str
     if not kernel:
         assumptions.append(f"attention_kernel is not stated: {practice.attention}")
     unfused = any(word in kernel for word in ("unfused", "no flash", "eager", "math", "naive"))
-    merged = re.search(r"\b(merged|fused)\b", run.said) is not None
-    of_norms = re.search(r"norm\w*( is| are)? (merged|fused)|(merged|fused) \w*norm", run.said)
+    said = re.sub(r"\b(no|not|without) [^;,.]*(merged|fused)[^;,.]*|(merged|fused) (adam|optimi)\w*", "", run.said)
+    merged = re.search(r"\b(merged|fused)\b", said) is not None
+    of_norms = re.search(r"norm\w*( is| are)? (merged|fused)|(merged|fused) (\w+ )?\w*norm", said)
     of_loss = re.search(r"(merged|fused)[^.;]*cross.?entropy|liger", run.said)
     dtype = _dtype(run.precision, assumptions)
     return Options(
@@ -237,7 +238,7 @@ def _options(run: Run, practice: Practice, layout: Layout, assumptions: list[str
         fused=practice.fused or (merged and not of_norms) if run.compile is None else run.compile,
         merged_norms=practice.merged_norms or of_norms is not None,
         merged_loss=practice.merged_loss or bool(run.compile) or of_loss is not None,
-        overlap=_distribute_param(run) >= practice.overlaps_from,
+        overlap=_distribute_param(run) >= practice.overlaps_from or "communication overlapped" in run.said,
         gathers_ahead=practice.gathers_ahead,
         gathers_each_parameter=practice.gathers_each_parameter,
         shards_most=True,  # nobody publishes a layout that leaves a matrix whole
@@ -245,7 +246,7 @@ def _options(run: Run, practice: Practice, layout: Layout, assumptions: list[str
         blocking_sends=practice.blocking_sends == "always"
         or (practice.blocking_sends == "one" and layout.virtual == 1),
         scatters_sends=practice.scatters_sends,
-        tensor_overlap=practice.tensor_overlap,
+        tensor_overlap=practice.tensor_overlap and re.search(r"no (tp|tensor)[\w -]* overlap", run.said) is None,
         accumulates_in_matmul=practice.accumulates_in_matmul,
         dispatch_s=practice.dispatch_s,
         optimizer=practice.optimizer,
@@ -257,7 +258,7 @@ def _options(run: Run, practice: Practice, layout: Layout, assumptions: list[str
 
 def _flash(kernel: str, practice: Practice) -> Attention:
     """Whose: as the row says, or as the framework has it."""
-    if re.search(r"transformer.?engine|\bte\b|cudnn|flash.?(attention)?.?3", kernel):
+    if re.search(r"transformer.?engine|\bte\b|cudnn|flash.?(attn|attention)?.?[34]", kernel):
         return "vendor"
     if re.search(r"2|sdpa", kernel):
         return "flash"
@@ -268,6 +269,8 @@ def _gradient_dtype(run: Run, practice: Practice, dtype: str) -> str | None:
     """As the row says, or as the framework does. Composer's FSDP calls all-bf16 PURE."""
     if re.search(r"\bpure\b", run.said):
         return "bfloat16"
+    if re.search(r"gradients? (\w+ )?in bf16", run.said):
+        return "bfloat16"
     if re.search(r"gradients? (\w+ )?in fp32|fp32 gradients?", run.said):
         return "float32"
     if practice.sums_half and dtype == "float16":
@@ -277,7 +280,9 @@ def _gradient_dtype(run: Run, practice: Practice, dtype: str) -> str | None:
 
 def _master_dtype(run: Run, practice: Practice) -> str:
     """Halves where the row says that its optimizer keeps nothing wider."""
-    if re.search(r"(moments|states)[^.;]* in bf16|no fp32 copy|optimizer states too|bf16-true", run.said):
+    if re.search(
+        r"(moments|states)[^.;]* in bf16|pure bf16 \([^)]*moments|no fp32 copy|optimizer states too|bf16-true", run.said
+    ):
         return "bfloat16"
     return practice.master_dtype
 
