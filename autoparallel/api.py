@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 import autoparallel
 from autoparallel.cost.flavors import resolve_flavor
 from autoparallel.cost.practice import OURS, Attention, Practice
@@ -266,16 +268,9 @@ def estimate(
     else:
         precision = choose_precision(resolved, dtype=of_compute, model_dtype=_model_dtype(model))
         graph = _capture(model, precision).graph
-    precision = precision.varied(optimizer=optimizer, gradient_dtype=gradient_dtype, master_dtype=master_dtype)
-    workload = _workload(
-        graph,
-        resolved,
-        table,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        precision=precision,
-        constraints=Constraints(memory_ratio=memory_ratio),
-        practice=Practice(
+    try:
+        precision = precision.varied(optimizer=optimizer, gradient_dtype=gradient_dtype, master_dtype=master_dtype)
+        practice = Practice(
             attention=attention,
             fused=fused,
             merged_norms=merged_norms,
@@ -292,7 +287,23 @@ def estimate(
             accumulates_in_matmul=accumulates_in_matmul,
             optimizer_workspace_bytes=optimizer_workspace_bytes,
             dispatch_s=dispatch_s,
-        ),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise ConfigError(
+            f"{first['loc'][0]}={first['input']!r} is no option of an estimate",
+            why=str(first["msg"]),
+            remedy="the options of autoparallel.estimate name the values",
+        ) from error
+    workload = _workload(
+        graph,
+        resolved,
+        table,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        precision=precision,
+        constraints=Constraints(memory_ratio=memory_ratio),
+        practice=practice,
         only=strategy,
     )
     return cut_and_price(workload, strategy)

@@ -180,6 +180,10 @@ def test_units_and_optimizers_that_have_no_price() -> None:
     check_message(caught.value, "V100-SXM2-32GB", "float8", "float16")
     with pytest.raises(ConfigError, match="adam'"):
         ap.estimate(FAMILIES["llama"](), "H200", strategy, **asked, optimizer="adam")  # type: ignore[arg-type]
+    for wrong in ({"attention": "flesh"}, {"gradient_dtype": "bf16"}, {"dispatch_s": -1.0}):
+        with pytest.raises(ConfigError) as caught:
+            ap.estimate(FAMILIES["llama"](), "H200", strategy, **asked, **wrong)  # type: ignore[arg-type]
+        check_message(caught.value, next(iter(wrong)))
 
 
 def test_an_unknown_option_of_the_one_line() -> None:
