@@ -180,16 +180,24 @@ class Rows:
     def prior(self) -> Array:
         return np.log([value.prior for value in self.values])
 
+    @property
+    def spread(self) -> Array:
+        """Of the priors."""
+        return np.array([value.spread for value in self.values])
+
     def step(self, x: Array, residuals: Array, jacobian: Array, weights: Array) -> Array:
         """Gauss-Newton with Huber's weights; returns the next logarithms."""
-        w = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residuals), 1e-12)) / self.noise**2
-        precision = np.diag([1 / value.spread**2 for value in self.values])
-        normal = jacobian.T @ (w[:, None] * jacobian) + precision
-        gradient = jacobian.T @ (w * residuals) + precision @ (x - self.prior)
+        w, normal = self.normal(residuals, jacobian, weights)
+        gradient = jacobian.T @ (w * residuals) + (x - self.prior) / self.spread**2
         moved = x - np.linalg.solve(normal, gradient)
         limits = np.log([(value.least, value.most) for value in self.values])
         clipped: Array = np.clip(moved, limits[:, 0], limits[:, 1])
         return clipped
+
+    def normal(self, residuals: Array, jacobian: Array, weights: Array) -> tuple[Array, Array]:
+        """What each row counts after Huber, and the normal matrix: the inverse of the values' covariance."""
+        w = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residuals), 1e-12)) / self.noise**2
+        return w, jacobian.T @ (w[:, None] * jacobian) + np.diag(self.spread**-2)
 
     def weights(self, *, without: str = "") -> Array:
         """A source weighs as its rows, and as four at most."""
@@ -236,10 +244,9 @@ def fit(rows: Rows) -> tuple[Array, dict[str, Array], list[bool]]:
         x = rows.step(x, residuals, jacobian, weights)
     residuals = rows.residuals(x)
     without = {s: rows.step(x, residuals, jacobian, rows.weights(without=s)) for s in sorted(set(rows.sources))}
-    w = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(residuals), 1e-12)) / rows.noise**2
-    prior = np.array([value.spread for value in rows.values])
-    after = np.sqrt(np.diag(np.linalg.inv(jacobian.T @ (w[:, None] * jacobian) + np.diag(prior**-2.0))))
-    return x, without, (after < TOLD * prior).tolist()
+    _, normal = rows.normal(residuals, jacobian, weights)
+    after = np.sqrt(np.diag(np.linalg.inv(normal)))
+    return x, without, (after < TOLD * rows.spread).tolist()
 
 
 def left_out(rows: Rows, without: dict[str, Array]) -> list[tuple[float, float]]:

@@ -68,8 +68,10 @@ class StageCosts:
         would else keep for every micro-batch in flight.
         """
         if stage not in self._fits:
-            all_do = np.ones(len(self.runs.first), dtype=np.bool_)
-            self._fits[stage] = self.bytes_at(stage) <= self.limit_bytes if self.is_limited else all_do
+            if self.is_limited:
+                self._fits[stage] = self.bytes_at(stage) <= self.limit_bytes
+            else:
+                self._fits[stage] = np.ones(len(self.runs.first), dtype=np.bool_)
         return self._fits[stage]
 
     @cached_property

@@ -79,10 +79,10 @@ def _timeline(
     entering = [workload.cost(p.first_segment, strategy.batch_per_device).input_bytes for p in strategy.stages[1:]]
     overheads = Overheads(workload, strategy)
     sends_s = [overheads.send_s(size_bytes, stage=stage) for stage, size_bytes in enumerate(entering)]
-    free = [0.0 for _ in seconds]
-    forward_s, backward_s = (
-        ([*sends_s, 0.0], [0.0, *sends_s]) if workload.practice.blocking_sends else (free, free)
-    )  # a stage sends forwards to the next one, backwards to the one before
+    forward_s = backward_s = [0.0 for _ in seconds]
+    if workload.practice.blocking_sends:  # a stage sends forwards to the next one, backwards to the one before
+        forward_s, backward_s = [*sends_s, 0.0], [0.0, *sends_s]
+        sends_s = [0.0 for _ in sends_s]
     timeline = simulate(
         timetable_of(strategy.schedule, strategy.num_stages, strategy.num_micro_batches, strategy.virtual_stages),
         cost_s={
@@ -91,7 +91,7 @@ def _timeline(
             "I": [stage.input_gradient_action_s + send_s for stage, send_s in zip(seconds, backward_s, strict=True)],
             "W": [stage.weight_gradient_action_s for stage in seconds],
         },
-        send_s=[0.0 for _ in sends_s] if workload.practice.blocking_sends else sends_s,
+        send_s=sends_s,
         start_s=start_s,
     )
     blocked_s = [
